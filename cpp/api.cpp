@@ -113,8 +113,8 @@ flashcore_status flashcore_attention_explain(const flashcore_attention_args* arg
   return guarded([&] { explain(validate(args, Stage::plan), visit, user); });
 }
 
-flashcore_status flashcore_attention_backward_explain(
-    const flashcore_attention_backward_args* args, flashcore_visit_kernel visit, void* user) {
+flashcore_status flashcore_attention_backward_explain(const flashcore_attention_backward_args* args,
+                                                      flashcore_visit_kernel visit, void* user) {
   return guarded([&] { explain(validate(args, Stage::plan), visit, user); });
 }
 
@@ -152,9 +152,8 @@ flashcore_status flashcore_kernel_at(int32_t index, flashcore_kernel_info* info)
       if (i < kernels.size()) return give(info, kernels[i].info, "info");
       i -= kernels.size();
     }
-    throw Failure(FLASHCORE_INVALID_ARGUMENT,
-                  text("kernel index must be in 0..", flashcore_kernel_count() - 1, ", got ",
-                       index));
+    throw Failure(FLASHCORE_INVALID_ARGUMENT, text("kernel index must be in 0..",
+                                                   flashcore_kernel_count() - 1, ", got ", index));
   });
 }
 

@@ -33,10 +33,10 @@ struct Kernel {
 
 struct Backend {
   const char* name;
-  int device_type;                          // DLDeviceType it serves
-  std::span<const Kernel> (*kernels)();     // in order of preference
-  const char* note;                         // "" or why the list is empty: "built without sm90"
-  void (*merge)(const struct MergeProblem&, void* stream);           // null: not in this backend
+  int device_type;                       // DLDeviceType it serves
+  std::span<const Kernel> (*kernels)();  // in order of preference
+  const char* note;                      // "" or why the list is empty: "built without sm90"
+  void (*merge)(const struct MergeProblem&, void* stream);  // null: not in this backend
   void (*dropout_mask)(const struct DropoutMaskProblem&, void* stream);
 };
 

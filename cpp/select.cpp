@@ -30,8 +30,7 @@ std::string refusal_of(const Kernel& k, const Problem& p) {
 // Kernels that could be meant at all: the right device type and direction.
 template <class F>
 void for_each_candidate(const Problem& p, F f) {
-  auto const direction =
-      p.direction == Direction::forward ? FLASHCORE_FORWARD : FLASHCORE_BACKWARD;
+  auto const direction = p.direction == Direction::forward ? FLASHCORE_FORWARD : FLASHCORE_BACKWARD;
   for (const Backend* backend : backends())
     if (backend->device_type == p.device_type)
       for (const Kernel& k : backend->kernels())

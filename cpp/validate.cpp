@@ -29,12 +29,12 @@ template <class... Parts>
 // ---- reading tensors ----------------------------------------------------------------------------
 
 std::string type_name(DLDataType t) {
-  const char* const stem = t.code == kDLInt      ? "int"
-                           : t.code == kDLUInt   ? "uint"
-                           : t.code == kDLFloat  ? "float"
-                           : t.code == kDLBfloat ? "bfloat"
-                           : t.code == kDLBool   ? "bool"
-                           : t.code == kDLComplex ? "complex"
+  const char* const stem = t.code == kDLInt                                          ? "int"
+                           : t.code == kDLUInt                                       ? "uint"
+                           : t.code == kDLFloat                                      ? "float"
+                           : t.code == kDLBfloat                                     ? "bfloat"
+                           : t.code == kDLBool                                       ? "bool"
+                           : t.code == kDLComplex                                    ? "complex"
                            : t.code >= kDLFloat8_e3m4 && t.code <= kDLFloat8_e8m0fnu ? "float8_"
                                                                                      : "dtype";
   if (t.code == kDLBool && t.bits == 8) return "bool";
@@ -45,9 +45,12 @@ std::string type_name(DLDataType t) {
 
 std::string device_name(int type, int id) {
   switch (type) {
-    case kDLCPU: return "cpu";
-    case kDLCUDA: return text("cuda:", id);
-    default: return text("device type ", type, ":", id);
+    case kDLCPU:
+      return "cpu";
+    case kDLCUDA:
+      return text("cuda:", id);
+    default:
+      return text("device type ", type, ":", id);
   }
 }
 
@@ -63,19 +66,26 @@ bool is_type(DLDataType t, int code, int bits) {
 }
 bool is_float(DLDataType t, DType want) {
   switch (want) {
-    case DType::f16: return is_type(t, kDLFloat, 16);
-    case DType::bf16: return is_type(t, kDLBfloat, 16);
-    case DType::f32: return is_type(t, kDLFloat, 32);
-    case DType::f64: return is_type(t, kDLFloat, 64);
+    case DType::f16:
+      return is_type(t, kDLFloat, 16);
+    case DType::bf16:
+      return is_type(t, kDLBfloat, 16);
+    case DType::f32:
+      return is_type(t, kDLFloat, 32);
+    case DType::f64:
+      return is_type(t, kDLFloat, 64);
   }
   return false;
 }
 
 int device_type_of(const DLTensor& t) {
   switch (int const type = t.device.device_type) {
-    case kDLCUDAHost: return kDLCPU;  // pinned memory is ordinary memory to the CPU
-    case kDLCUDAManaged: return kDLCUDA;
-    default: return type;
+    case kDLCUDAHost:
+      return kDLCPU;  // pinned memory is ordinary memory to the CPU
+    case kDLCUDAManaged:
+      return kDLCUDA;
+    default:
+      return type;
   }
 }
 
@@ -201,8 +211,8 @@ Rows read_rows(const char* name, const DLTensor* tensor, const Dims& d, const Pr
 Rows read_stats(const char* name, const DLTensor* tensor, bool packed, const Problem& p,
                 bool output) {
   DType const dtype = wide(p.dtype);
-  Arg const a = read(name, tensor, packed ? 2 : 3,
-                     packed ? "(heads, total_q)" : "(batch, heads, seqlen_q)");
+  Arg const a =
+      read(name, tensor, packed ? 2 : 3, packed ? "(heads, total_q)" : "(batch, heads, seqlen_q)");
   require_device(p, a);
   one_of(a, dtype, dtype);
   bool const shape_ok =
@@ -293,8 +303,13 @@ BlockList read_block_list(const char* count_name, const DLTensor* count, const c
       fail(a->name, " must be densely packed, got stride ", a->stride[2]);
   }
   require_unit_stride(x);
-  BlockList list{static_cast<const int32_t*>(c.data()), static_cast<const int32_t*>(x.data()),
-                 c.stride[0], c.stride[1], x.stride[0], x.stride[1], x.stride[2]};
+  BlockList list{static_cast<const int32_t*>(c.data()),
+                 static_cast<const int32_t*>(x.data()),
+                 c.stride[0],
+                 c.stride[1],
+                 x.stride[0],
+                 x.stride[1],
+                 x.stride[2]};
   if (p.device_type == kDLCPU) {
     int64_t const capacity = min_of(x.size(3), cols);
     for (int64_t b = 0; b < c.size(0); ++b)
@@ -338,8 +353,7 @@ int64_t read_window(const char* name, const int64_t* side) {
 }
 
 uint32_t read_dropout(double dropout_p) {
-  if (!(dropout_p >= 0.0 && dropout_p < 1.0))
-    fail("dropout_p must be in [0, 1), got ", dropout_p);
+  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) fail("dropout_p must be in [0, 1), got ", dropout_p);
   auto const threshold = static_cast<uint32_t>(std::lround(dropout_p * 65536.0));
   if (threshold >= 65536) fail("dropout_p must be at most 1 - 2^-16, got ", dropout_p);
   return threshold;
@@ -462,8 +476,8 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
     p.total_q = p.batch * p.seqlen_q;
     p.total_k = p.batch * p.seqlen_k;
     if (k.size(d.batch) != p.batch || v.size(d.batch) != p.batch)
-      fail("q, k and v must have one batch size, got q: ", show(*q.tensor), ", k: ",
-           show(*k.tensor), ", v: ", show(*v.tensor));
+      fail("q, k and v must have one batch size, got q: ", show(*q.tensor),
+           ", k: ", show(*k.tensor), ", v: ", show(*v.tensor));
     if (args.seqlens_q) p.seqlens_q = read_seqlens("seqlens_q", args.seqlens_q, p, p.seqlen_q);
     if (args.seqlens_k) p.seqlens_k = read_seqlens("seqlens_k", args.seqlens_k, p, p.seqlen_k);
   }
@@ -511,8 +525,8 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
            ": additive masks go to bias");
   }
   if (args.sinks)
-    p.sinks = static_cast<const float*>(
-        read_vector("sinks", args.sinks, p.num_heads_q, kDLFloat, 32, p));
+    p.sinks =
+        static_cast<const float*>(read_vector("sinks", args.sinks, p.num_heads_q, kDLFloat, 32, p));
   read_rng(args, p);
 
   // how to run
@@ -592,8 +606,8 @@ Problem validate(const flashcore_attention_backward_args* raw, Stage stage) {
   }
   if (b.dsinks) {
     if (!p.sinks) fail("dsinks was given but the call has no sinks");
-    p.dsinks = const_cast<float*>(static_cast<const float*>(
-        read_vector("dsinks", b.dsinks, p.num_heads_q, kDLFloat, 32, p)));
+    p.dsinks = const_cast<float*>(
+        static_cast<const float*>(read_vector("dsinks", b.dsinks, p.num_heads_q, kDLFloat, 32, p)));
   }
   if (run && !p.dq && !p.dk && !p.dv && !p.dbias && !p.dsinks)
     fail("no gradient was asked for: give at least one of dq, dk, dv, dbias, dsinks");
@@ -632,9 +646,9 @@ MergeProblem validate(const flashcore_merge_args* raw, MergeStorage& storage) {
     storage.lses.push_back(
         read_stats(text("lses[", i, "]").c_str(), args.lses[i], packed, p, false));
   }
-  MergeProblem m{p.device_type, p.device_id,         args.count,          p.batch, p.seqlen_q,
-                 p.num_heads_q, p.head_dim_v,        storage.outs.data(), storage.lses.data(),
-                 {},            {}};
+  MergeProblem m{
+      p.device_type, p.device_id,         args.count,          p.batch, p.seqlen_q, p.num_heads_q,
+      p.head_dim_v,  storage.outs.data(), storage.lses.data(), {},      {}};
   m.out = rows("out", args.out, true);
   if (args.lse) m.lse = read_stats("lse", args.lse, packed, p, true);
   return m;

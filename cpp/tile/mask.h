@@ -27,18 +27,20 @@ struct KeyRange {
 // Keys that row i of a sequence with seqlen_k keys can see. q_offset: the key row 0 faces.
 FC_HD constexpr KeyRange visible_keys(Window w, int64_t i, int64_t q_offset, int64_t seqlen_k) {
   int64_t const diagonal = i + q_offset;
-  int64_t const first = w.left >= Window::kOpen ? 0 : max_of<int64_t>(0, diagonal - w.left);
-  int64_t const last = w.right >= Window::kOpen ? seqlen_k
-                                                : min_of<int64_t>(seqlen_k, diagonal + w.right + 1);
+  int64_t const first =
+      w.left >= Window::kOpen ? 0 : min_of(seqlen_k, max_of<int64_t>(0, diagonal - w.left));
+  int64_t const last =
+      w.right >= Window::kOpen ? seqlen_k : min_of<int64_t>(seqlen_k, diagonal + w.right + 1);
   return {first, max_of(first, last)};
 }
 
 // Rows of a sequence with seqlen_q rows that can see key j: the transpose of visible_keys.
 FC_HD constexpr KeyRange visible_rows(Window w, int64_t j, int64_t q_offset, int64_t seqlen_q) {
   int64_t const diagonal = j - q_offset;
-  int64_t const first = w.right >= Window::kOpen ? 0 : max_of<int64_t>(0, diagonal - w.right);
-  int64_t const last = w.left >= Window::kOpen ? seqlen_q
-                                               : min_of<int64_t>(seqlen_q, diagonal + w.left + 1);
+  int64_t const first =
+      w.right >= Window::kOpen ? 0 : min_of(seqlen_q, max_of<int64_t>(0, diagonal - w.right));
+  int64_t const last =
+      w.left >= Window::kOpen ? seqlen_q : min_of<int64_t>(seqlen_q, diagonal + w.left + 1);
   return {first, max_of(first, last)};
 }
 

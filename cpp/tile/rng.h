@@ -39,9 +39,9 @@ struct DropoutKey {
   uint32_t k0 = 0, k1 = 0;
 };
 FC_HD constexpr DropoutKey dropout_key(uint64_t seed, uint64_t offset) {
-  Philox4 const x = philox4x32_10(static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
-                                  0, 0, static_cast<uint32_t>(seed),
-                                  static_cast<uint32_t>(seed >> 32));
+  Philox4 const x =
+      philox4x32_10(static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, 0,
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return {x.w[0], x.w[1]};
 }
 

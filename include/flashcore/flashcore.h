@@ -47,10 +47,7 @@ typedef enum flashcore_layout { FLASHCORE_BSHD = 0, FLASHCORE_BHSD = 1 } flashco
 
 /* Which key the first query row faces when seqlen_q != seqlen_k (causal, window):
  * bottom_right: row i faces key i + seqlen_k - seqlen_q; top_left: row i faces key i. */
-typedef enum flashcore_align {
-  FLASHCORE_BOTTOM_RIGHT = 0,
-  FLASHCORE_TOP_LEFT = 1
-} flashcore_align;
+typedef enum flashcore_align { FLASHCORE_BOTTOM_RIGHT = 0, FLASHCORE_TOP_LEFT = 1 } flashcore_align;
 
 /* Which (query block, key block) pairs are kept; every other pair is excluded. Combines with
  * causal, window, mask and lengths: a key is visible when all of them let it be.
@@ -78,12 +75,12 @@ typedef struct flashcore_attention_args {
   uint32_t struct_size; /* sizeof(flashcore_attention_args) */
   flashcore_layout layout;
 
-  const DLTensor* q; /* (B, Sq, Hq, D)   float16, bfloat16, float32 or float64 */
-  const DLTensor* k; /* (B, Sk, Hkv, D)  same dtype and device as q */
-  const DLTensor* v; /* (B, Sk, Hkv, Dv) same dtype and device as q */
-  DLTensor* out;     /* (B, Sq, Hq, Dv)  q's dtype, or float32. May be NULL in a plan */
-  DLTensor* lse;     /* (B, Hq, Sq) or packed (Hq, total_q); float32 (float64 for float64 q).
-                        Natural logarithm of the softmax denominator. Optional in forward */
+  const DLTensor* q;    /* (B, Sq, Hq, D)   float16, bfloat16, float32 or float64 */
+  const DLTensor* k;    /* (B, Sk, Hkv, D)  same dtype and device as q */
+  const DLTensor* v;    /* (B, Sk, Hkv, Dv) same dtype and device as q */
+  DLTensor* out;        /* (B, Sq, Hq, Dv)  q's dtype, or float32. May be NULL in a plan */
+  DLTensor* lse;        /* (B, Hq, Sq) or packed (Hq, total_q); float32 (float64 for float64 q).
+                           Natural logarithm of the softmax denominator. Optional in forward */
   DLTensor* max_logits; /* same shape and dtype as lse: the largest visible score. Optional */
 
   const double* scale; /* default 1/sqrt(D) */
@@ -96,9 +93,9 @@ typedef struct flashcore_attention_args {
 
   double softcap;               /* > 0: score = softcap * tanh(scale * qk / softcap) */
   const DLTensor* alibi_slopes; /* float32 (Hq) or (B, Hq): score -= slope * |i + q_offset - j| */
-  const DLTensor* bias;         /* (B|1, Hq|1, Sq|1, Sk): added to the score. q's dtype or float32 */
-  const DLTensor* mask;         /* bool or uint8 (B|1, Hq|1, Sq|1, Sk): nonzero = visible */
-  const DLTensor* sinks;        /* float32 (Hq): one extra logit per head, with no value row */
+  const DLTensor* bias;  /* (B|1, Hq|1, Sq|1, Sk): added to the score. q's dtype or float32 */
+  const DLTensor* mask;  /* bool or uint8 (B|1, Hq|1, Sq|1, Sk): nonzero = visible */
+  const DLTensor* sinks; /* float32 (Hq): one extra logit per head, with no value row */
   const flashcore_block_mask* block_mask;
 
   double dropout_p;           /* 0 <= p < 1, rounded to a multiple of 2^-16 */
@@ -107,12 +104,12 @@ typedef struct flashcore_attention_args {
 
   const DLTensor* cu_seqlens_q; /* int32 (B + 1): packed sequences; row b is [cu[b], cu[b+1]) */
   const DLTensor* cu_seqlens_k;
-  int64_t max_seqlen_q;        /* upper bound of the packed lengths; 0 = total_q (or read from */
-  int64_t max_seqlen_k;        /* cu_seqlens where that needs no device read-back) */
-  const DLTensor* seqlens_q;   /* int32 (B): valid lengths of padded batches */
+  int64_t max_seqlen_q;      /* upper bound of the packed lengths; 0 = total_q (or read from */
+  int64_t max_seqlen_k;      /* cu_seqlens where that needs no device read-back) */
+  const DLTensor* seqlens_q; /* int32 (B): valid lengths of padded batches */
   const DLTensor* seqlens_k;
-  const DLTensor* page_table;  /* not built yet: must be NULL */
-  const DLTensor* q_descale;   /* not built yet: must be NULL */
+  const DLTensor* page_table; /* not built yet: must be NULL */
+  const DLTensor* q_descale;  /* not built yet: must be NULL */
   const DLTensor* k_descale;
   const DLTensor* v_descale;
 
@@ -132,8 +129,8 @@ typedef struct flashcore_attention_backward_args {
   DLTensor* dq;                            /* shape of q; q's dtype, or float32. Each of the five */
   DLTensor* dk;                            /* outputs may be NULL: that gradient is not computed */
   DLTensor* dv;
-  DLTensor* dbias;                         /* shape of bias; float32 (float64 for float64 q) */
-  DLTensor* dsinks;                        /* (Hq); float32 */
+  DLTensor* dbias;  /* shape of bias; float32 (float64 for float64 q) */
+  DLTensor* dsinks; /* (Hq); float32 */
 } flashcore_attention_backward_args;
 
 typedef enum flashcore_direction {
@@ -161,7 +158,7 @@ typedef struct flashcore_device_info {
   uint32_t struct_size;
   DLDevice device;
   char name[128];
-  char isa[32];       /* "avx512_bf16", "sm_90" */
+  char isa[32];            /* "avx512_bf16", "sm_90" */
   int32_t multiprocessors; /* CUDA: SMs. CPU: threads flashcore would use */
   int32_t reserved;
   uint64_t memory_bytes; /* total; 0 if unknown */
@@ -183,9 +180,8 @@ typedef struct flashcore_plan {
  * out, lse (and the gradients) may be NULL here. */
 FLASHCORE_API flashcore_status flashcore_attention_plan(const flashcore_attention_args* args,
                                                         flashcore_plan* plan);
-FLASHCORE_API flashcore_status
-flashcore_attention_backward_plan(const flashcore_attention_backward_args* args,
-                                  flashcore_plan* plan);
+FLASHCORE_API flashcore_status flashcore_attention_backward_plan(
+    const flashcore_attention_backward_args* args, flashcore_plan* plan);
 
 /* Runs attention. workspace: at least plan.workspace_bytes on q's device (NULL if that is 0).
  * stream: a cudaStream_t for CUDA tensors (NULL = the legacy default stream), ignored on the CPU.
@@ -193,9 +189,9 @@ flashcore_attention_backward_plan(const flashcore_attention_backward_args* args,
 FLASHCORE_API flashcore_status flashcore_attention_forward(const flashcore_attention_args* args,
                                                            void* workspace, size_t workspace_bytes,
                                                            void* stream);
-FLASHCORE_API flashcore_status flashcore_attention_backward(
-    const flashcore_attention_backward_args* args, void* workspace, size_t workspace_bytes,
-    void* stream);
+FLASHCORE_API flashcore_status
+flashcore_attention_backward(const flashcore_attention_backward_args* args, void* workspace,
+                             size_t workspace_bytes, void* stream);
 
 /* Calls visit once per compiled kernel of q's device type, in order of preference: refusal is NULL
  * for a kernel that would run the call, else one sentence saying why it cannot. */
@@ -204,9 +200,8 @@ typedef void (*flashcore_visit_kernel)(void* user, const flashcore_kernel_info* 
 FLASHCORE_API flashcore_status flashcore_attention_explain(const flashcore_attention_args* args,
                                                            flashcore_visit_kernel visit,
                                                            void* user);
-FLASHCORE_API flashcore_status
-flashcore_attention_backward_explain(const flashcore_attention_backward_args* args,
-                                     flashcore_visit_kernel visit, void* user);
+FLASHCORE_API flashcore_status flashcore_attention_backward_explain(
+    const flashcore_attention_backward_args* args, flashcore_visit_kernel visit, void* user);
 
 /* Combines n partial results over disjoint key sets: outs[s] (B, Sq, Hq, Dv) in the given layout or
  * packed (total_q, Hq, Dv), lses[s] (B, Hq, Sq) or (Hq, total_q); lse may be NULL. */

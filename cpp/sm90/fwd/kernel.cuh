@@ -1,0 +1,256 @@
+// FlashAttention forward, Hopper (sm_90a).
+//
+//     O = softmax(scale * Q K^T, visible keys) V,   LSE = log sum exp        one tile = 64 rows of
+//     Q
+//                                                                            per consumer warpgroup
+// Roles (128 * (1 + kConsumers) threads, one block per SM)
+//     warpgroup 0     producer   one thread tells the copy engine to fetch Q, K[j], V[j]
+//     warpgroup 1..n  consumers  S = Q K^T -> online softmax -> O += P V, 64 rows each
+//
+// Key blocks run from last to first, so that the blocks a mask cuts come first and the row maximum
+// is known early. One step of a consumer (docs/kernels/sm90_fwd.md has the drawing):
+//     tensor cores   S(j) = Q K(j)^T | O += P(j+1) V(j+1)
+//     other units                    | mask, max, exp of S(j)
+//
+// Shared memory: Q | K[kStages] | V[kStages] | barriers; O leaves through Q's rows.
+// The tile loop is persistent: the rings keep their stage and parity across tiles, so the producer
+// fetches the next tile's K and V while consumers finish this one.
+#pragma once
+#include "sm90/fwd/epilogue.cuh"
+#include "sm90/fwd/load.cuh"
+#include "sm90/fwd/softmax.cuh"
+#include "sm90/fwd/traits.cuh"
+#include "tile/block_range.h"
+#include "tile/pipeline.h"
+
+namespace flashcore::sm90::fwd {
+
+// One query tile and the key blocks it visits; producer and consumers compute it alike.
+template <class T>
+struct Work {
+  tile::Tile tile;
+  int row;                     // first query row
+  int64_t q_offset;            // the key that query row 0 faces
+  int first, last_full, last;  // key blocks; [last_full, last) need the mask
+
+  FC_DEVICE Work(const FwdParams& p, int index) : tile(p.scheduler.tile(index)) {
+    row = tile.m_block * T::kBlockM;
+    q_offset = p.q_offset_tensor ? p.q_offset_tensor[tile.batch] : p.q_offset;
+    tile::BlockRange const blocks = tile::key_blocks(
+        p.window, row, min_of(row + T::kBlockM, p.seqlen_q), q_offset, p.seqlen_k, T::kBlockN);
+    first = static_cast<int>(blocks.first);
+    last_full = static_cast<int>(blocks.last_full);
+    last = static_cast<int>(blocks.last);
+  }
+  FC_DEVICE bool empty() const { return last <= first; }
+};
+
+template <class T>
+struct Kernel {
+  using Element = typename T::Element;
+  using Shared = typename T::Shared;
+  using Ring = tile::Ring<T::kStages>;
+
+  // ---- producer ---------------------------------------------------------------------------------
+  FC_DEVICE static void produce(const FwdParams& p, Shared& sh) {
+    release_registers<T::kProducerRegs>();
+    if (threadIdx.x / 32 != 0 || !elect_one()) return;
+    prefetch_tensor_map(p.q);
+    prefetch_tensor_map(p.k);
+    prefetch_tensor_map(p.v);
+    prefetch_tensor_map(p.out);
+    uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
+
+    Ring k = Ring::producer(), v = Ring::producer();
+    uint32_t q_parity = 1;
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x) {
+      Work<T> const work(p, index);
+      int const kv_head = work.tile.head / p.group;
+      auto load_k = [&](int j) {
+        sh.k_free[k.stage].wait(k.parity);
+        load_panels<T, T::kBlockN>(sh.k[k.stage], p.k, sh.k_ready[k.stage], j * T::kBlockN, kv_head,
+                                   work.tile.batch, shared_by_tiles);
+        k.advance();
+      };
+      auto load_v = [&](int j) {
+        sh.v_free[v.stage].wait(v.parity);
+        load_panels<T, T::kBlockN>(sh.v[v.stage], p.v, sh.v_ready[v.stage], j * T::kBlockN, kv_head,
+                                   work.tile.batch, shared_by_tiles);
+        v.advance();
+      };
+      int j = work.last - 1;
+      if (!work.empty()) load_k(j);
+      sh.q_free.wait(q_parity);  // the previous tile's output has left through Q's rows
+      load_panels<T, T::kBlockM>(sh.q, p.q, sh.q_ready, work.row, work.tile.head, work.tile.batch,
+                                 once);
+      q_parity ^= 1;
+      for (; j > work.first; --j) {  // K runs one block ahead of V, as it is consumed
+        load_k(j - 1);
+        load_v(j);
+      }
+      if (!work.empty()) load_v(j);
+    }
+  }
+
+  // ---- consumers --------------------------------------------------------------------------------
+  FC_DEVICE static void consume(const FwdParams& p, Shared& sh) {
+    claim_registers<T::kConsumerRegs>();
+    int const consumer = warpgroup_index() - 1;
+    int const warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    int const warp_row = 64 * consumer + 16 * warp;  // of the tile
+
+    Ring k = Ring::consumer(), v = Ring::consumer();
+    uint32_t q_parity = 0;
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x) {
+      Work<T> const work(p, index);
+      typename T::OutputTile rO;
+#pragma unroll
+      for (float& x : rO) x = 0.0f;
+      OnlineSoftmax softmax{p.scale_log2};
+
+      sh.q_ready.wait(q_parity);
+      if (!work.empty()) attend(p, sh, work, consumer, warp_row + lane / 4, k, v, softmax, rO);
+      q_parity ^= 1;
+
+      softmax.finish(rO);
+      named_barrier_sync(1 + consumer, 128);  // all four warps are past their last read of Q
+      store_o<T>(p, sh, rO, warp_row, work.row + warp_row, work.tile.head, work.tile.batch,
+                 work.q_offset);
+      if (lane == 0) sh.q_free.arrive();
+      if (p.lse && lane % 4 == 0) {
+        float* const lse =
+            p.lse + work.tile.batch * p.lse_batch_stride + work.tile.head * p.lse_head_stride;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int const i = work.row + warp_row + lane / 4 + 8 * r;
+          if (i < p.seqlen_q) lse[i] = softmax.lse(r, p.scale);
+        }
+      }
+    }
+  }
+
+  // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile.
+  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work<T>& work, int consumer,
+                               int thread_row, Ring& k, Ring& v, OnlineSoftmax& softmax,
+                               typename T::OutputTile& rO) {
+    const char* const sQ = sh.q + 64 * consumer * kPanelBytes;
+    typename T::ScoreTile rS;
+    typename T::ProbTile rP;
+    int limit[2];  // one past the last key each row sees
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      limit[r] = static_cast<int>(
+          tile::visible_keys(p.window, work.row + thread_row + 8 * r, work.q_offset, p.seqlen_k)
+              .last);
+
+    // The last block: there is no P V yet to overlap with.
+    int j = work.last - 1;
+    sh.k_ready[k.stage].wait(k.parity);
+    wgmma_fence();
+    gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(rS);
+    release(sh.k_free[k.stage]);
+    k.advance();
+    if (j >= work.last_full) exclude(rS, limit, j);
+    softmax.update(rS);
+    to_probabilities(rP, rS);
+
+    --j;
+    if constexpr (T::kMask != Mask::none)
+      for (; j >= max_of(work.last_full, work.first); --j)
+        step<true>(sh, sQ, k, v, softmax, rS, rP, rO, limit, j);
+    for (; j >= work.first; --j) step<false>(sh, sQ, k, v, softmax, rS, rP, rO, limit, j);
+
+    // The first block's P V: there is no Q K^T left to overlap with.
+    if constexpr (T::kRescaleEarly) softmax.rescale(rO);
+    sh.v_ready[v.stage].wait(v.parity);
+    pin(rO);
+    wgmma_fence();
+    gemm_pb<Element, T::kHeadDim, T::kBlockN>(rO, rP, sh.v[v.stage]);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(rO);
+    release(sh.v_free[v.stage]);
+    v.advance();
+  }
+
+  // One key block: S(j) = Q K(j)^T overlaps O += P(j+1) V(j+1), which overlaps softmax(j).
+  template <bool kMasked>
+  FC_DEVICE static void step(Shared& sh, const char* sQ, Ring& k, Ring& v, OnlineSoftmax& softmax,
+                             typename T::ScoreTile& rS, typename T::ProbTile& rP,
+                             typename T::OutputTile& rO, const int (&limit)[2], int j) {
+    sh.k_ready[k.stage].wait(k.parity);
+    wgmma_fence();
+    gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
+    wgmma_commit();
+    if constexpr (T::kRescaleEarly) softmax.rescale(rO);
+    sh.v_ready[v.stage].wait(v.parity);
+    pin(rO);
+    wgmma_fence();
+    gemm_pb<Element, T::kHeadDim, T::kBlockN>(rO, rP, sh.v[v.stage]);
+    wgmma_commit();
+
+    wgmma_wait<1>();  // S(j) is complete, O may still be running
+    pin(rS);
+    release(sh.k_free[k.stage]);
+    k.advance();
+    if constexpr (kMasked) exclude(rS, limit, j);
+    softmax.update(rS);
+
+    wgmma_wait<0>();
+    pin(rO);
+    release(sh.v_free[v.stage]);
+    v.advance();
+    if constexpr (!T::kRescaleEarly) softmax.rescale(rO);
+    to_probabilities(rP, rS);  // only now: P(j+1) V(j+1) was reading rP
+  }
+
+  // Scores of keys at or past the row's limit become -inf.
+  FC_DEVICE static void exclude(typename T::ScoreTile& rS, const int (&limit)[2], int j) {
+    int const col = j * T::kBlockN + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < T::kBlockN / 2; ++i)
+      if (8 * (i / 4) + i % 2 >= limit[(i / 2) % 2] - col) rS[i] = -INFINITY;
+  }
+
+  FC_DEVICE static void to_probabilities(typename T::ProbTile& rP,
+                                         const typename T::ScoreTile& rS) {
+#pragma unroll
+    for (int i = 0; i < T::kBlockN / 4; ++i) rP[i] = pack<Element>(rS[2 * i], rS[2 * i + 1]);
+  }
+
+  // One arrival per warp: the warps of a warpgroup may be apart.
+  FC_DEVICE static void release(Barrier& free) {
+    if (threadIdx.x % 32 == 0) free.arrive();
+  }
+
+  FC_DEVICE static void init_barriers(Shared& sh) {
+    constexpr int kConsumerWarps = 4 * T::kConsumers;
+    sh.q_ready.init(1);
+    sh.q_free.init(kConsumerWarps);
+    for (int s = 0; s < T::kStages; ++s) {
+      sh.k_ready[s].init(1);
+      sh.v_ready[s].init(1);
+      sh.k_free[s].init(kConsumerWarps);
+      sh.v_free[s].init(kConsumerWarps);
+    }
+    fence_barrier_init();
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    flash_fwd_sm90(const __grid_constant__ FwdParams p) {
+  extern __shared__ __align__(1024) char smem[];
+  auto& sh = *reinterpret_cast<typename T::Shared*>(smem);
+  if (threadIdx.x == 0) Kernel<T>::init_barriers(sh);
+  __syncthreads();
+  if (warpgroup_index() == 0)
+    Kernel<T>::produce(p, sh);
+  else
+    Kernel<T>::consume(p, sh);
+}
+
+}  // namespace flashcore::sm90::fwd

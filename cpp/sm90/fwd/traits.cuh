@@ -1,0 +1,51 @@
+// Everything a kernel derives from its FwdConfig: types, sizes, the shared-memory plan.
+#pragma once
+#include <type_traits>
+
+#include "sm90/fwd/config.h"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/wgmma.cuh"
+
+namespace flashcore::sm90::fwd {
+
+template <FwdConfig kConfig>
+struct Traits {
+  static_assert(kConfig.valid());
+  using Element = std::conditional_t<kConfig.dtype == DType::bf16, __nv_bfloat16, __half>;
+
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kPanels = kHeadDim / kPanelCols;
+  static constexpr int kBlockM = kConfig.block_m;
+  static constexpr int kBlockN = kConfig.block_n;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kConsumers = kConfig.consumers();
+  static constexpr int kThreads = kConfig.threads();
+  static constexpr Mask kMask = kConfig.mask;
+
+  // 128 * sum of the three or four must not exceed 65536, and the producer's release must come up
+  // with what the consumers claim above the launch value (168 or 128).
+  static constexpr int kProducerRegs = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : 160;
+
+  // O is rescaled under the Q K^T of the next block when it is too large to do so after the wait.
+  static constexpr bool kRescaleEarly = kHeadDim > 128;
+
+  static constexpr int kQBytes = kBlockM * kHeadDim * 2;
+  static constexpr int kKvBytes = kBlockN * kHeadDim * 2;
+
+  struct Shared {
+    alignas(1024) char q[kQBytes];  // each warp's 16 rows become the staging area of its output
+    alignas(1024) char k[kStages][kKvBytes];
+    alignas(1024) char v[kStages][kKvBytes];
+    Barrier q_ready, q_free;
+    Barrier k_ready[kStages], k_free[kStages];
+    Barrier v_ready[kStages], v_free[kStages];
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024);
+
+  using ScoreTile = float[kBlockN / 2];    // S: 64 x kBlockN per warpgroup
+  using ProbTile = uint32_t[kBlockN / 4];  // P: the same, packed to 16 bits
+  using OutputTile = float[kHeadDim / 2];  // O: 64 x kHeadDim
+};
+
+}  // namespace flashcore::sm90::fwd
