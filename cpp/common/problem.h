@@ -62,11 +62,11 @@ struct Problem {
   Rows lse, max_logits;  // row_stride 1, dtype f32 (f64 for f64 problems); data may be null
 
   double scale = 1.0;
-  double softcap = 0.0;        // 0 = off
-  tile::Window window;         // causal is folded in
-  bool top_left = false;       // false: q_offset = seqlen_k - seqlen_q of each sequence
+  double softcap = 0.0;   // 0 = off
+  tile::Window window;    // causal is folded in
+  bool top_left = false;  // false: q_offset = seqlen_k - seqlen_q of each sequence
   bool has_q_offset = false;
-  int64_t q_offset = 0;                     // when has_q_offset
+  int64_t q_offset = 0;                      // when has_q_offset
   const int32_t* q_offset_tensor = nullptr;  // [batch], wins over the above
 
   const float* alibi_slopes = nullptr;

@@ -5,8 +5,8 @@ namespace flashcore {
 
 const Backend& sm90_backend() {
   static const Backend backend{
-      "sm90", kDLCUDA, [] { return std::span<const Kernel>{}; }, "built without sm90", nullptr,
-      nullptr};
+      "sm90",  kDLCUDA, [] { return std::span<const Kernel>{}; }, "built without sm90",
+      nullptr, nullptr};
   return backend;
 }
 

@@ -22,6 +22,13 @@ struct TileScheduler {
 
   FC_HD constexpr int num_tiles() const { return m_blocks * pairs; }
 
+  // The index of the round-th tile of a block, when `blocks` blocks share the tiles statically.
+  // Every other round runs backwards, so that a block that got a long tile gets a short one next.
+  // May be past the last tile; the rounds of a block end when round * blocks >= num_tiles().
+  FC_HD constexpr int nth(int block, int blocks, int round) const {
+    return round * blocks + (round % 2 ? blocks - 1 - block : block);
+  }
+
   FC_HD constexpr Tile tile(int index) const {
     int const per_section = section_pairs * m_blocks;
     int const section = index / per_section;

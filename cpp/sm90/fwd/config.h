@@ -10,32 +10,38 @@ namespace flashcore::sm90::fwd {
 
 enum class Mask : uint8_t { none, causal };  // causal: any window that is open on the left
 
+// persistent: one block per SM walks its share of the tiles. grid: one block per tile.
+enum class Schedule : uint8_t { persistent, grid };
+
 struct FwdConfig {
   DType dtype;
   int head_dim;  // of q, k and v, rounded up; the copy engine pads with zeros
   Mask mask;
-  int block_m;  // query rows of a tile: 64 per consumer warpgroup
-  int block_n;  // keys of a block
-  int stages;   // K and V blocks in flight
+  int block_m;   // query rows of a tile: 64 per consumer warpgroup
+  int block_n;   // keys of a block
+  int stages;    // K and V blocks in flight
+  int q_stages;  // 2: the next tile's Q is fetched, and O leaves, while others compute
+  Schedule schedule;
 
   constexpr int consumers() const { return block_m / 64; }
   constexpr int threads() const { return 128 * (1 + consumers()); }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && head_dim % 64 == 0 && head_dim <= 256 &&
-           (block_m == 128 || block_m == 192) && block_n % 16 == 0 && block_n <= 256 && stages >= 2;
+           (block_m == 128 || block_m == 192) && block_n % 16 == 0 && block_n <= 256 &&
+           stages >= 2 && (q_stages == 1 || q_stages == 2);
   }
 };
 
 // Where ordinary loads find a tensor. Strides in elements.
 struct MatrixRef {
-  const void* data;
+  void* data;
   int64_t batch_stride, row_stride, head_stride;
 };
 
 struct FwdParams {
-  CUtensorMap q, k, v, out;       // (head_dim, seqlen, heads, batch)
-  MatrixRef q_ref, k_ref, v_ref;  // the same, for repair.cuh
-  float* lse;                     // may be null
+  CUtensorMap q, k, v, out;                // (head_dim, seqlen, heads, batch)
+  MatrixRef q_ref, k_ref, v_ref, out_ref;  // the same, for repair.cuh
+  float* lse;                              // may be null
   int64_t lse_batch_stride, lse_head_stride;
   float scale;
   float scale_log2;  // scale * log2(e)

@@ -25,9 +25,10 @@ struct Instance {
 };
 
 constexpr Instance kInstances[] = {
-#define FWD(dtype, head_dim, mask, m, n, stages)                                                 \
-  {FWD_CONFIG(dtype, head_dim, mask, m, n, stages), "sm90-fwd-" #dtype "-d" #head_dim "-" #mask, \
-   FWD_SYMBOL(dtype, head_dim, mask, m, n, stages)},
+#define FWD(dtype, head_dim, mask, m, n, stages, q_stages, schedule)    \
+  {FWD_CONFIG(dtype, head_dim, mask, m, n, stages, q_stages, schedule), \
+   "sm90-fwd-" #dtype "-d" #head_dim "-" #mask,                         \
+   FWD_SYMBOL(dtype, head_dim, mask, m, n, stages, q_stages, schedule)},
 #include "sm90/fwd/instances.def"
 #undef FWD
 };
@@ -158,6 +159,7 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* st
   params.q_ref = ref(p.q);
   params.k_ref = ref(p.k);
   params.v_ref = ref(p.v);
+  params.out_ref = ref(p.out);
   params.lse = static_cast<float*>(p.lse.data);
   params.lse_batch_stride = p.lse.batch_stride;
   params.lse_head_stride = p.lse.head_stride;
@@ -181,11 +183,10 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* st
   params.scheduler = {
       static_cast<int>(m_blocks), static_cast<int>(p.num_heads_q), static_cast<int>(pairs),
       tile::section_pairs(kv_bytes, params.group, static_cast<int>(pairs), kL2Budget)};
-  // Equal tiles: one block per SM walks them. Unequal ones: the hardware hands out the next tile,
-  // longest first, whenever an SM is free.
   int const tiles = params.scheduler.num_tiles();
-  int const blocks =
-      c.mask == Mask::none ? min_of(tiles, cuda::devices()[p.device_id].multiprocessors) : tiles;
+  int const blocks = c.schedule == Schedule::grid
+                         ? tiles
+                         : min_of(tiles, cuda::devices()[p.device_id].multiprocessors);
   instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));
 }
 

@@ -4,16 +4,16 @@
 
 #include "sm90/fwd/config.h"
 
-#define FWD_SYMBOL(dtype, head_dim, mask, m, n, stages) \
-  launch_##dtype##_d##head_dim##_##mask##_m##m##_n##n##_s##stages
-#define FWD_CONFIG(dtype, head_dim, mask, m, n, stages) \
-  FwdConfig { DType::dtype, head_dim, Mask::mask, m, n, stages }
+#define FWD_SYMBOL(dtype, head_dim, mask, m, n, stages, q_stages, schedule) \
+  launch_##dtype##_d##head_dim##_##mask##_m##m##_n##n##_s##stages##_q##q_stages##_##schedule
+#define FWD_CONFIG(dtype, head_dim, mask, m, n, stages, q_stages, schedule) \
+  FwdConfig { DType::dtype, head_dim, Mask::mask, m, n, stages, q_stages, Schedule::schedule }
 
 namespace flashcore::sm90::fwd {
 
-#define FWD(dtype, head_dim, mask, m, n, stages)                                            \
-  void FWD_SYMBOL(dtype, head_dim, mask, m, n, stages)(const FwdParams& params, int blocks, \
-                                                       int device, cudaStream_t stream);
+#define FWD(dtype, head_dim, mask, m, n, stages, q_stages, schedule)        \
+  void FWD_SYMBOL(dtype, head_dim, mask, m, n, stages, q_stages, schedule)( \
+      const FwdParams& params, int blocks, int device, cudaStream_t stream);
 #include "sm90/fwd/instances.def"
 #undef FWD
 

@@ -12,12 +12,14 @@
 //     tensor cores   S(j) = Q K(j)^T | O += P(j+1) V(j+1)
 //     other units                    | mask, max, exp of S(j)
 //
-// Shared memory: Q | K[kStages] | V[kStages] | barriers; O leaves through Q's rows.
+// Shared memory: Q[kQStages] | O staging (Q itself with one Q stage) | K[kStages] | V[kStages] |
+// barriers.
 // The tile loop is persistent: the rings keep their stage and parity across tiles, so the producer
 // fetches the next tile's K and V while consumers finish this one.
 #pragma once
 #include "sm90/fwd/epilogue.cuh"
 #include "sm90/fwd/load.cuh"
+#include "sm90/fwd/repair.cuh"
 #include "sm90/fwd/softmax.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "tile/block_range.h"
@@ -50,6 +52,17 @@ struct Kernel {
   using Element = typename T::Element;
   using Shared = typename T::Shared;
   using Ring = tile::Ring<T::kStages>;
+  using QRing = tile::Ring<T::kQStages>;
+
+  // This block's tiles, in its order.
+  template <class Body>
+  FC_DEVICE static void for_each_tile(const FwdParams& p, Body body) {
+    int const tiles = p.scheduler.num_tiles(), blocks = gridDim.x;
+    for (int round = 0; round * blocks < tiles; ++round) {
+      int const index = p.scheduler.nth(blockIdx.x, blocks, round);
+      if (index < tiles) body(Work<T>(p, index));
+    }
+  }
 
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const FwdParams& p, Shared& sh) {
@@ -62,9 +75,8 @@ struct Kernel {
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
 
     Ring k = Ring::producer(), v = Ring::producer();
-    uint32_t q_parity = 1;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x) {
-      Work<T> const work(p, index);
+    QRing q = QRing::producer();
+    for_each_tile(p, [&](const Work<T>& work) {
       int const kv_head = work.tile.head / p.group;
       auto load_k = [&](int j) {
         sh.k_free[k.stage].wait(k.parity);
@@ -80,16 +92,16 @@ struct Kernel {
       };
       int j = work.last - 1;
       if (!work.empty()) load_k(j);
-      sh.q_free.wait(q_parity);  // the previous tile's output has left through Q's rows
-      load_panels<T, T::kBlockM>(sh.q, p.q, sh.q_ready, work.row, work.tile.head, work.tile.batch,
-                                 once);
-      q_parity ^= 1;
+      sh.q_free[q.stage].wait(q.parity);
+      load_panels<T, T::kBlockM>(sh.q[q.stage], p.q, sh.q_ready[q.stage], work.row, work.tile.head,
+                                 work.tile.batch, once);
+      q.advance();
       for (; j > work.first; --j) {  // K runs one block ahead of V, as it is consumed
         load_k(j - 1);
         load_v(j);
       }
       if (!work.empty()) load_v(j);
-    }
+    });
   }
 
   // ---- consumers --------------------------------------------------------------------------------
@@ -98,25 +110,30 @@ struct Kernel {
     int const consumer = warpgroup_index() - 1;
     int const warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     int const warp_row = 64 * consumer + 16 * warp;  // of the tile
+    if (consumer == T::kConsumers - 1) pass_turn();  // the first turn is consumer 0's
 
     Ring k = Ring::consumer(), v = Ring::consumer();
-    uint32_t q_parity = 0;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x) {
-      Work<T> const work(p, index);
+    QRing q = QRing::consumer();
+    float probe = 0.0f;  // NaN once an output was not finite
+    for_each_tile(p, [&](const Work<T>& work) {
       typename T::OutputTile rO;
 #pragma unroll
       for (float& x : rO) x = 0.0f;
       OnlineSoftmax softmax{p.scale_log2};
 
-      sh.q_ready.wait(q_parity);
-      if (!work.empty()) attend(p, sh, work, consumer, warp_row + lane / 4, k, v, softmax, rO);
-      q_parity ^= 1;
+      sh.q_ready[q.stage].wait(q.parity);
+      if (!work.empty())
+        attend(p, sh, work, sh.q[q.stage] + 64 * consumer * kPanelBytes, warp_row + lane / 4, k, v,
+               softmax, rO);
+      if constexpr (T::kOwnStaging) release(sh.q_free[q.stage]);
 
       softmax.finish(rO);
-      named_barrier_sync(1 + consumer, 128);  // all four warps are past their last read of Q
-      store_o<T>(p, sh, rO, warp_row, work.row + warp_row, work.tile.head, work.tile.batch,
-                 work.q_offset);
-      if (lane == 0) sh.q_free.arrive();
+      if constexpr (T::kMask != Mask::none) probe += finite_probe(rO);
+      if constexpr (!T::kOwnStaging)
+        named_barrier_sync(T::kQReadByAll + consumer, 128);  // Q was read by all
+      store_o<T>(p, sh, rO, warp_row, work.row + warp_row, work.tile.head, work.tile.batch);
+      if constexpr (!T::kOwnStaging) release(sh.q_free[q.stage]);
+      q.advance();
       if (p.lse && lane % 4 == 0) {
         float* const lse =
             p.lse + work.tile.batch * p.lse_batch_stride + work.tile.head * p.lse_head_stride;
@@ -126,14 +143,21 @@ struct Kernel {
           if (i < p.seqlen_q) lse[i] = softmax.lse(r, p.scale);
         }
       }
+    });
+
+    if (__any_sync(0xffffffffu, !(probe == 0.0f))) {
+      if (lane == 0) tma_store_wait();
+      __syncwarp();
+      for_each_tile(p, [&](const Work<T>& work) {
+        Repair<T>::rows(p, work.tile.batch, work.tile.head, work.row + warp_row, work.q_offset);
+      });
     }
   }
 
   // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile.
-  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work<T>& work, int consumer,
+  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work<T>& work, const char* sQ,
                                int thread_row, Ring& k, Ring& v, OnlineSoftmax& softmax,
                                typename T::OutputTile& rO) {
-    const char* const sQ = sh.q + 64 * consumer * kPanelBytes;
     typename T::ScoreTile rS;
     typename T::ProbTile rP;
     int limit[2];  // one past the last key each row sees
@@ -146,9 +170,11 @@ struct Kernel {
     // The last block: there is no P V yet to overlap with.
     int j = work.last - 1;
     sh.k_ready[k.stage].wait(k.parity);
+    take_turn();
     wgmma_fence();
     gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
     wgmma_commit();
+    pass_turn();
     wgmma_wait<0>();
     pin(rS);
     release(sh.k_free[k.stage]);
@@ -182,6 +208,7 @@ struct Kernel {
                              typename T::ScoreTile& rS, typename T::ProbTile& rP,
                              typename T::OutputTile& rO, const int (&limit)[2], int j) {
     sh.k_ready[k.stage].wait(k.parity);
+    take_turn();
     wgmma_fence();
     gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
     wgmma_commit();
@@ -191,6 +218,7 @@ struct Kernel {
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockN>(rO, rP, sh.v[v.stage]);
     wgmma_commit();
+    pass_turn();
 
     wgmma_wait<1>();  // S(j) is complete, O may still be running
     pin(rS);
@@ -198,6 +226,7 @@ struct Kernel {
     k.advance();
     if constexpr (kMasked) exclude(rS, limit, j);
     softmax.update(rS);
+    pin(rS);  // else the compiler waits for O before the exponentials, and nothing overlaps
 
     wgmma_wait<0>();
     pin(rO);
@@ -221,6 +250,13 @@ struct Kernel {
     for (int i = 0; i < T::kBlockN / 4; ++i) rP[i] = pack<Element>(rS[2 * i], rS[2 * i + 1]);
   }
 
+  // Consumers issue their products in turn, so that one computes its softmax while the tensor cores
+  // work for another, instead of all at once. Each consumer takes one turn per key block.
+  FC_DEVICE static void take_turn() { named_barrier_sync(T::kTurn + warpgroup_index() - 1, 256); }
+  FC_DEVICE static void pass_turn() {
+    named_barrier_arrive(T::kTurn + warpgroup_index() % T::kConsumers, 256);
+  }
+
   // One arrival per warp: the warps of a warpgroup may be apart.
   FC_DEVICE static void release(Barrier& free) {
     if (threadIdx.x % 32 == 0) free.arrive();
@@ -228,8 +264,10 @@ struct Kernel {
 
   FC_DEVICE static void init_barriers(Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
-    sh.q_ready.init(1);
-    sh.q_free.init(kConsumerWarps);
+    for (int s = 0; s < T::kQStages; ++s) {
+      sh.q_ready[s].init(1);
+      sh.q_free[s].init(kConsumerWarps);
+    }
     for (int s = 0; s < T::kStages; ++s) {
       sh.k_ready[s].init(1);
       sh.v_ready[s].init(1);

@@ -51,12 +51,16 @@ struct OnlineSoftmax {
   // Completes the row sums over the quad and divides. A row that saw no key gives exactly zero.
   template <int N>
   FC_DEVICE void finish(float (&o)[N]) {
+    float inverse[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row_sum[r] = quad_sum(row_sum[r]);
+    for (int r = 0; r < kRows; ++r) {
+      row_sum[r] = quad_sum(row_sum[r]);
+      inverse[r] = __frcp_rn(row_sum[r]);
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float const sum = row_sum[(i / 2) % 2];
-      o[i] = sum == 0.0f ? 0.0f : __fdividef(o[i], sum);
+      int const r = (i / 2) % 2;
+      o[i] = row_sum[r] == 0.0f ? 0.0f : o[i] * inverse[r];
     }
   }
 

@@ -18,6 +18,9 @@ struct Traits {
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
+  static constexpr int kQStages = kConfig.q_stages;
+  // With one Q stage O leaves through Q's rows; with two it has a staging area of its own.
+  static constexpr bool kOwnStaging = kQStages > 1;
   static constexpr int kConsumers = kConfig.consumers();
   static constexpr int kThreads = kConfig.threads();
   static constexpr Mask kMask = kConfig.mask;
@@ -27,6 +30,9 @@ struct Traits {
   static constexpr int kProducerRegs = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : 160;
 
+  // Named barriers; 0 is __syncthreads. One of each per consumer.
+  enum NamedBarrier : int { kQReadByAll = 1, kTurn = 1 + kConsumers };
+
   // O is rescaled under the Q K^T of the next block when it is too large to do so after the wait.
   static constexpr bool kRescaleEarly = kHeadDim > 128;
 
@@ -34,12 +40,15 @@ struct Traits {
   static constexpr int kKvBytes = kBlockN * kHeadDim * 2;
 
   struct Shared {
-    alignas(1024) char q[kQBytes];  // each warp's 16 rows become the staging area of its output
+    alignas(1024) char q[kQStages][kQBytes];
+    alignas(1024) char o[kOwnStaging ? kQBytes : 1024];
     alignas(1024) char k[kStages][kKvBytes];
     alignas(1024) char v[kStages][kKvBytes];
-    Barrier q_ready, q_free;
+    Barrier q_ready[kQStages], q_free[kQStages];
     Barrier k_ready[kStages], k_free[kStages];
     Barrier v_ready[kStages], v_free[kStages];
+
+    FC_DEVICE char* staging() { return kOwnStaging ? o : q[0]; }
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 

@@ -36,6 +36,8 @@ FC_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" :
 FC_DEVICE void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// Waits until this thread's stores are visible in global memory.
+FC_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // L2 eviction priorities.
 FC_DEVICE uint64_t policy_evict_first() {
