@@ -103,7 +103,12 @@ struct Arg {
     for (int d = 0; d < tensor->ndim; ++d) n *= tensor->shape[d];
     return n;
   }
-  void* data() const { return static_cast<char*>(tensor->data) + tensor->byte_offset; }
+  bool empty() const { return numel() == 0; }
+  // Never null, so that a given tensor without elements is not taken for one that was not given.
+  void* data() const {
+    return empty() ? nothing : static_cast<char*>(tensor->data) + tensor->byte_offset;
+  }
+  alignas(FLASHCORE_WORKSPACE_ALIGNMENT) static inline char nothing[1] = {};
 };
 
 // Shape, strides and data of an argument; the dimensions' meaning is checked by the caller.
@@ -118,11 +123,14 @@ Arg read(const char* name, const DLTensor* tensor, int ndim, const char* dims) {
     int64_t const n = tensor->shape[d];
     if (n < 0 || n > kMaxExtent)
       fail(name, " has an extent outside 0..", kMaxExtent, ": ", show(*tensor));
-    int64_t const stride = tensor->strides ? tensor->strides[d] : packed;
-    arg.stride[d] = n > 1 ? stride : 0;  // producers leave anything in dimensions of size 1
+    arg.stride[d] = n > 1 ? packed : 0;
     packed *= max_of<int64_t>(n, 1);
   }
-  if (!tensor->data && arg.numel() > 0)
+  // Producers leave anything in dimensions of size 1 and in tensors without elements.
+  if (tensor->strides && !arg.empty())
+    for (int d = 0; d < ndim; ++d)
+      if (tensor->shape[d] > 1) arg.stride[d] = tensor->strides[d];
+  if (!tensor->data && !arg.empty())
     fail(name, " has no data (NULL) although it is ", show(*tensor),
          ": fake, meta and freed tensors cannot be computed on");
   return arg;
@@ -174,12 +182,15 @@ DType read_dtype(const Arg& q) {
               "; float16, bfloat16, float32 and float64 are supported");
 }
 
-DType one_of(const Arg& a, DType first, DType second) {
-  for (DType t : {first, second})
+DType one_of(const Arg& a, std::initializer_list<DType> allowed) {
+  for (DType t : allowed)
     if (is_float(a.tensor->dtype, t)) return t;
-  fail(a.name, " must be ", dtype_name(first),
-       first == second ? std::string() : text(" or ", dtype_name(second)), ", got ",
-       show(*a.tensor));
+  std::string names, last;
+  for (DType t : allowed) {
+    if (dtype_name(t) != last) names += text(names.empty() ? "" : " or ", dtype_name(t));
+    last = dtype_name(t);
+  }
+  fail(a.name, " must be ", names, ", got ", show(*a.tensor));
 }
 
 // Statistics and accumulated results: float32, or float64 throughout a float64 problem.
@@ -187,10 +198,11 @@ DType wide(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
 // A tensor shaped like q (rows x heads x last), e.g. out or dq.
 Rows read_rows(const char* name, const DLTensor* tensor, const Dims& d, const Problem& p,
-               int64_t rows, int64_t heads, int64_t last, bool output) {
+               int64_t rows, int64_t heads, int64_t last, bool output,
+               std::initializer_list<DType> dtypes) {
   Arg const a = read(name, tensor, d.batch < 0 ? 3 : 4, d.text);
   require_device(p, a);
-  DType const dtype = one_of(a, p.dtype, wide(p.dtype));
+  DType const dtype = one_of(a, dtypes);
   bool const shape_ok = (d.batch < 0 || a.size(d.batch) == p.batch) && a.size(d.row) == rows &&
                         a.size(d.head) == heads && a.size(d.last) == last;
   if (!shape_ok) {
@@ -214,7 +226,7 @@ Rows read_stats(const char* name, const DLTensor* tensor, bool packed, const Pro
   Arg const a =
       read(name, tensor, packed ? 2 : 3, packed ? "(heads, total_q)" : "(batch, heads, seqlen_q)");
   require_device(p, a);
-  one_of(a, dtype, dtype);
+  one_of(a, {dtype});
   bool const shape_ok =
       packed ? a.size(0) == p.num_heads_q && a.size(1) == p.total_q
              : a.size(0) == p.batch && a.size(1) == p.num_heads_q && a.size(2) == p.seqlen_q;
@@ -496,7 +508,7 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
   if (args.q_offset) {
     p.has_q_offset = true;
     p.q_offset = *args.q_offset;
-    if (std::llabs(p.q_offset) > kMaxExtent)
+    if (p.q_offset > kMaxExtent || p.q_offset < -kMaxExtent)
       fail("q_offset must be within +-", kMaxExtent, ", got ", p.q_offset);
   }
   if (args.q_offset_tensor)
@@ -516,7 +528,7 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
   }
   if (args.bias) {
     p.bias = read_scores("bias", args.bias, p);
-    p.bias.dtype = one_of({"bias", args.bias}, p.dtype, wide(p.dtype));
+    p.bias.dtype = one_of({"bias", args.bias}, {p.dtype, wide(p.dtype)});
   }
   if (args.mask) {
     p.mask = read_scores("mask", args.mask, p);
@@ -542,7 +554,8 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
 }
 
 void refuse_aliasing(const Problem& p, const char* name, const Rows& output) {
-  if (output && (output.data == p.q.data || output.data == p.k.data || output.data == p.v.data))
+  if (output && output.data != Arg::nothing &&
+      (output.data == p.q.data || output.data == p.k.data || output.data == p.v.data))
     fail(name, " shares memory with an input: flashcore cannot run in place");
 }
 
@@ -558,7 +571,8 @@ Problem validate(const flashcore_attention_args* raw, Stage stage) {
   bool const packed = d.batch < 0;
   int64_t const rows = packed ? p.total_q : p.seqlen_q;
   if (args.out || stage == Stage::run)
-    p.out = read_rows("out", args.out, d, p, rows, p.num_heads_q, p.head_dim_v, /*output=*/true);
+    p.out = read_rows("out", args.out, d, p, rows, p.num_heads_q, p.head_dim_v, /*output=*/true,
+                      {p.dtype, wide(p.dtype)});
   refuse_aliasing(p, "out", p.out);
   if (args.lse) p.lse = read_stats("lse", args.lse, packed, p, /*output=*/true);
   if (args.max_logits)
@@ -580,7 +594,9 @@ Problem validate(const flashcore_attention_backward_args* raw, Stage stage) {
   int64_t const rows_q = packed ? p.total_q : p.seqlen_q;
   int64_t const rows_k = packed ? p.total_k : p.seqlen_k;
   auto rows = [&](const char* name, const DLTensor* t, int64_t n, int64_t heads, int64_t last,
-                  bool output) { return read_rows(name, t, d, p, n, heads, last, output); };
+                  bool output) {
+    return read_rows(name, t, d, p, n, heads, last, output, {p.dtype, wide(p.dtype)});
+  };
 
   if (args.out || run)
     p.out = rows("out", args.out, rows_q, p.num_heads_q, p.head_dim_v, /*output=*/false);
@@ -598,7 +614,7 @@ Problem validate(const flashcore_attention_backward_args* raw, Stage stage) {
     if (!p.bias) fail("dbias was given but the call has no bias");
     Arg const a = read("dbias", b.dbias, 4, "shaped like bias");
     p.dbias = read_scores("dbias", b.dbias, p);
-    p.dbias.dtype = one_of(a, wide(p.dtype), wide(p.dtype));
+    p.dbias.dtype = one_of(a, {wide(p.dtype)});
     for (int i = 0; i < 4; ++i)
       if (a.size(i) != args.bias->shape[i])
         fail("dbias must have bias's shape, got ", show(*b.dbias), " for bias ", show(*args.bias));
@@ -638,18 +654,21 @@ MergeProblem validate(const flashcore_merge_args* raw, MergeStorage& storage) {
   p.num_heads_q = first.size(d.head);
   p.seqlen_q = p.total_q = first.size(d.row);
   p.head_dim_v = first.size(d.last);
-  auto rows = [&](const char* name, const DLTensor* t, bool output) {
-    return read_rows(name, t, d, p, p.seqlen_q, p.num_heads_q, p.head_dim_v, output);
+  auto rows = [&](const char* name, const DLTensor* t, bool output,
+                  std::initializer_list<DType> dtypes) {
+    return read_rows(name, t, d, p, p.seqlen_q, p.num_heads_q, p.head_dim_v, output, dtypes);
   };
   for (int i = 0; i < args.count; ++i) {
-    storage.outs.push_back(rows(text("outs[", i, "]").c_str(), args.outs[i], false));
+    storage.outs.push_back(rows(text("outs[", i, "]").c_str(), args.outs[i], false, {p.dtype}));
     storage.lses.push_back(
         read_stats(text("lses[", i, "]").c_str(), args.lses[i], packed, p, false));
   }
   MergeProblem m{
       p.device_type, p.device_id,         args.count,          p.batch, p.seqlen_q, p.num_heads_q,
       p.head_dim_v,  storage.outs.data(), storage.lses.data(), {},      {}};
-  m.out = rows("out", args.out, true);
+  m.out = p.dtype == DType::f64
+              ? rows("out", args.out, true, {DType::f64})
+              : rows("out", args.out, true, {DType::f32, DType::f16, DType::bf16});
   if (args.lse) m.lse = read_stats("lse", args.lse, packed, p, true);
   return m;
 }
