@@ -1,8 +1,12 @@
 // In which order query tiles run. Host and device, constexpr.
 //
-// (batch, head) pairs are cut into sections whose keys and values fit in the L2 cache together.
-// Inside a section, tiles go from the last query block to the first, all heads of the section for
-// each: with a causal mask the longest tiles start first, so the tail of the launch is short.
+// Tiles are dealt to the blocks of a launch in turn: block c runs tiles c, c + blocks, c + 2
+// blocks... (batch, head) pairs are cut into sections whose keys and values fit in the L2 cache
+// together. Inside a section all heads run one query block before any runs the next. With a causal
+// mask a tile's cost grows with its query block; so sections alternate between falling and rising
+// order, which makes the costs one continuous wave. Every block then meets as many long tiles as
+// short ones, whatever the ratio of sections to blocks, and the last section falls: the launch ends
+// on short tiles.
 #pragma once
 #include "common/types.h"
 
@@ -21,13 +25,7 @@ struct TileScheduler {
   int section_pairs = 1;  // heads of one section; >= 1
 
   FC_HD constexpr int num_tiles() const { return m_blocks * pairs; }
-
-  // The index of the round-th tile of a block, when `blocks` blocks share the tiles statically.
-  // Every other round runs backwards, so that a block that got a long tile gets a short one next.
-  // May be past the last tile; the rounds of a block end when round * blocks >= num_tiles().
-  FC_HD constexpr int nth(int block, int blocks, int round) const {
-    return round * blocks + (round % 2 ? blocks - 1 - block : block);
-  }
+  FC_HD constexpr int num_sections() const { return ceil_div(pairs, section_pairs); }
 
   FC_HD constexpr Tile tile(int index) const {
     int const per_section = section_pairs * m_blocks;
@@ -37,7 +35,8 @@ struct TileScheduler {
     int const width = min_of(section_pairs, pairs - first);  // the last section may be narrower
     int const row = rest / width;
     int const pair = first + (rest - row * width);
-    return {m_blocks - 1 - row, pair % heads, pair / heads};
+    bool const rising = (num_sections() - 1 - section) % 2 != 0;
+    return {rising ? row : m_blocks - 1 - row, pair % heads, pair / heads};
   }
 };
 
@@ -47,6 +46,57 @@ FC_HD constexpr int section_pairs(int64_t kv_bytes_per_kv_head, int group, int p
                                   int64_t l2_budget) {
   int64_t const kv_heads = max_of<int64_t>(1, l2_budget / max_of<int64_t>(1, kv_bytes_per_kv_head));
   return static_cast<int>(min_of<int64_t>(kv_heads * group, max_of(pairs, 1)));
+}
+
+// Largest cost any of `blocks` blocks is dealt, over the mean. cost(m_block) is any measure of
+// time.
+template <class Cost>
+constexpr double imbalance(const TileScheduler& s, int blocks, Cost cost) {
+  constexpr int kMaxBlocks = 1024;
+  blocks = min_of(blocks, kMaxBlocks);
+  double step[kMaxBlocks + 1] = {};  // change of cost from one block to the next
+  double total = 0.0, everyone = 0.0;
+  int position = 0;
+  for (int section = 0; section < s.num_sections(); ++section) {
+    int const width = min_of(s.section_pairs, s.pairs - section * s.section_pairs);
+    for (int row = 0; row < s.m_blocks; ++row) {
+      double const c = cost(s.tile(section * s.section_pairs * s.m_blocks + row * width).m_block);
+      total += c * width;
+      everyone += c * (width / blocks);
+      int const end = position + width % blocks;
+      step[position] += c;
+      step[min_of(end, blocks)] -= c;
+      if (end > blocks) {
+        step[0] += c;
+        step[end - blocks] -= c;
+      }
+      position = end % blocks;
+    }
+  }
+  double heaviest = 0.0, cost_here = everyone;
+  for (int block = 0; block < blocks; ++block)
+    heaviest = max_of(heaviest, cost_here += step[block]);
+  return total > 0.0 ? heaviest * blocks / total : 1.0;
+}
+
+// The section size, between half of `largest` and `largest`, that deals most evenly. When sections
+// and blocks are in resonance a block can get twice its share, so an uneven size is not kept.
+template <class Cost>
+constexpr int balanced_section(TileScheduler s, int largest, int group, int blocks, Cost cost) {
+  constexpr double kEven = 1.04;
+  s.section_pairs = largest;
+  int best = largest;
+  double least = imbalance(s, blocks, cost);
+  int const step = round_up(max_of(1, largest / 16), group);
+  for (int n = largest - step; n >= max_of(1, largest / 2) && least > kEven; n -= step) {
+    s.section_pairs = n;
+    double const here = imbalance(s, blocks, cost);
+    if (here < least) {
+      least = here;
+      best = n;
+    }
+  }
+  return best;
 }
 
 }  // namespace flashcore::tile

@@ -10,9 +10,6 @@ namespace flashcore::sm90::fwd {
 
 enum class Mask : uint8_t { none, causal };  // causal: any window that is open on the left
 
-// persistent: one block per SM walks its share of the tiles. grid: one block per tile.
-enum class Schedule : uint8_t { persistent, grid };
-
 struct FwdConfig {
   DType dtype;
   int head_dim;  // of q, k and v, rounded up; the copy engine pads with zeros
@@ -21,7 +18,6 @@ struct FwdConfig {
   int block_n;   // keys of a block
   int stages;    // K and V blocks in flight
   int q_stages;  // 2: the next tile's Q is fetched, and O leaves, while others compute
-  Schedule schedule;
 
   constexpr int consumers() const { return block_m / 64; }
   constexpr int threads() const { return 128 * (1 + consumers()); }

@@ -7,6 +7,7 @@
 #include "cuda/device.h"
 #include "registry.h"
 #include "sm90/fwd/instances.h"
+#include "tile/block_range.h"
 
 namespace flashcore {
 namespace sm90::fwd {
@@ -14,7 +15,10 @@ namespace {
 
 // Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, in
 // two halves that may both hold a line).
-constexpr int64_t kL2Budget = int64_t{24} << 20;
+constexpr int64_t kL2Budget = int64_t{32} << 20;
+
+// What a tile costs besides its key blocks, in key blocks: the first product, the last, the store.
+constexpr double kTileOverhead = 1.5;
 
 using Launch = void (*)(const FwdParams&, int blocks, int device, cudaStream_t);
 
@@ -25,10 +29,10 @@ struct Instance {
 };
 
 constexpr Instance kInstances[] = {
-#define FWD(dtype, head_dim, mask, m, n, stages, q_stages, schedule)    \
-  {FWD_CONFIG(dtype, head_dim, mask, m, n, stages, q_stages, schedule), \
-   "sm90-fwd-" #dtype "-d" #head_dim "-" #mask,                         \
-   FWD_SYMBOL(dtype, head_dim, mask, m, n, stages, q_stages, schedule)},
+#define FWD(dtype, head_dim, mask, m, n, stages, q_stages)    \
+  {FWD_CONFIG(dtype, head_dim, mask, m, n, stages, q_stages), \
+   "sm90-fwd-" #dtype "-d" #head_dim "-" #mask,               \
+   FWD_SYMBOL(dtype, head_dim, mask, m, n, stages, q_stages)},
 #include "sm90/fwd/instances.def"
 #undef FWD
 };
@@ -180,13 +184,20 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* st
     throw Failure(FLASHCORE_UNSUPPORTED,
                   text("[attention] ", pairs * m_blocks, " query tiles exceed 2^31 - 1"));
   int64_t const kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2;
-  params.scheduler = {
-      static_cast<int>(m_blocks), static_cast<int>(p.num_heads_q), static_cast<int>(pairs),
-      tile::section_pairs(kv_bytes, params.group, static_cast<int>(pairs), kL2Budget)};
-  int const tiles = params.scheduler.num_tiles();
-  int const blocks = c.schedule == Schedule::grid
-                         ? tiles
-                         : min_of(tiles, cuda::devices()[p.device_id].multiprocessors);
+  int const largest =
+      tile::section_pairs(kv_bytes, params.group, static_cast<int>(pairs), kL2Budget);
+  params.scheduler = {static_cast<int>(m_blocks), static_cast<int>(p.num_heads_q),
+                      static_cast<int>(pairs), largest};
+  int const blocks =
+      min_of(params.scheduler.num_tiles(), cuda::devices()[p.device_id].multiprocessors);
+  if (c.mask != Mask::none && params.scheduler.num_tiles() > blocks)
+    params.scheduler.section_pairs =
+        tile::balanced_section(params.scheduler, largest, params.group, blocks, [&](int m_block) {
+          int64_t const row = int64_t{m_block} * c.block_m;
+          auto const keys = tile::key_blocks(p.window, row, min_of(row + c.block_m, p.seqlen_q),
+                                             params.q_offset, p.seqlen_k, c.block_n);
+          return static_cast<double>(keys.last - keys.first) + kTileOverhead;
+        });
   instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));
 }
 

@@ -57,11 +57,8 @@ struct Kernel {
   // This block's tiles, in its order.
   template <class Body>
   FC_DEVICE static void for_each_tile(const FwdParams& p, Body body) {
-    int const tiles = p.scheduler.num_tiles(), blocks = gridDim.x;
-    for (int round = 0; round * blocks < tiles; ++round) {
-      int const index = p.scheduler.nth(blockIdx.x, blocks, round);
-      if (index < tiles) body(Work<T>(p, index));
-    }
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x)
+      body(Work<T>(p, index));
   }
 
   // ---- producer ---------------------------------------------------------------------------------
