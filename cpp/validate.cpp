@@ -271,7 +271,8 @@ const int32_t* read_int32(const char* name, const DLTensor* t, int64_t size, con
 // Packed offsets. Values are checked where they can be read without waiting for a device.
 int64_t read_cu_seqlens(const char* name, const int32_t* cu, const Problem& p, int64_t total,
                         int64_t bound, const char* bound_name) {
-  if (bound < 0) fail(bound_name, " must be >= 0, got ", bound);
+  if (bound < 0 || bound > kMaxExtent)
+    fail(bound_name, " must be in 0..", kMaxExtent, ", got ", bound);
   if (p.device_type != kDLCPU) return bound ? min_of(bound, total) : total;
   int64_t longest = 0;
   if (cu[0] != 0) fail(name, "[0] must be 0, got ", cu[0]);
@@ -284,7 +285,7 @@ int64_t read_cu_seqlens(const char* name, const int32_t* cu, const Problem& p, i
     fail(name, " must end at the packed total ", total, ", got ", cu[p.batch]);
   if (bound && longest > bound)
     fail(bound_name, " is ", bound, " but a sequence has length ", longest);
-  return bound ? bound : longest;
+  return bound ? min_of(bound, total) : longest;
 }
 
 const int32_t* read_seqlens(const char* name, const DLTensor* tensor, const Problem& p,
