@@ -1,0 +1,140 @@
+#include "bindings/allocate.h"
+
+#include <new>
+
+namespace flashcore::python {
+namespace {
+
+// flashcore._allocate.<framework>_allocator(), made once per framework.
+nb::handle allocator(const Session& session) {
+  static PyObject* made[4] = {};
+  static constexpr const char* kMakers[4] = {"torch_allocator", "numpy_allocator", "cupy_allocator",
+                                             "jax_allocator"};
+  Family const family = session.lead->family;
+  size_t const i = family == Family::torch  ? 0
+                   : family == Family::cupy ? 2
+                   : family == Family::jax  ? 3
+                                            : 1;
+  if (!made[i])
+    made[i] = nb::module_::import_("flashcore._allocate").attr(kMakers[i])().release().ptr();
+  return made[i];
+}
+
+nb::object shape_tuple(const Shape& shape) {
+  nb::object tuple = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
+  for (size_t d = 0; d < shape.size(); ++d)
+    PyTuple_SetItem(tuple.ptr(), static_cast<Py_ssize_t>(d), PyLong_FromLongLong(shape[d]));
+  return tuple;
+}
+
+// A new tensor from a producer that we know by its exchange table alone.
+nb::object exchange_empty(const Session& session, const char* name, Shape shape, DLDataType dtype,
+                          bool zero) {
+  const ExchangeTable& table = *session.lead->exchange;
+  if (zero && session.cuda())
+    refuse_unsupported("[", session.call, "] ", name,
+                       " would have to be made zero on a device: "
+                       "give it as an argument");
+  DLTensor prototype{};
+  prototype.device = session.device;
+  prototype.dtype = dtype;
+  prototype.ndim = static_cast<int32_t>(shape.size());
+  prototype.shape = shape.data();
+  std::string failure;
+  DLManagedTensorVersioned* made = nullptr;
+  int const status = table.allocate(
+      &prototype, &made, &failure, [](void* context, const char* kind, const char* message) {
+        *static_cast<std::string*>(context) = text(kind, ": ", message);
+      });
+  if (status != 0)
+    throw Refusal("DeviceError", text("[", session.call, "] ", name, " could not be allocated by ",
+                                      type_text(session.like), ": ", failure));
+  void* object = nullptr;
+  if (table.to_object(made, &object) != 0) throw nb::python_error();
+  return nb::steal(static_cast<PyObject*>(object));
+}
+
+nb::object raw_stream(const Session& session) {
+  if (!session.stream_given) return nb::none();
+  return nb::int_(reinterpret_cast<uintptr_t>(session.stream));
+}
+
+// like: the array whose family, device and (for shape and dtype None) form the new one gets.
+nb::object new_array(const Session& session, const char* name, nb::handle like,
+                     const nb::object& shape, const nb::object& dtype, bool zero) {
+  bool const ours =
+      session.lead->family == Family::dlpack || session.lead->family == Family::capsule;
+  if (ours && session.device.device_type != kDLCPU)
+    refuse_unsupported("[", session.call, "] ", name,
+                       " cannot be allocated: ", type_text(session.like),
+                       " has no allocator that flashcore knows on its device: pass torch or CuPy "
+                       "arrays");
+  return allocator(session)(like, shape, dtype, nb::bool_(zero), raw_stream(session));
+}
+
+}  // namespace
+
+void Output::use(nb::handle given, const char* name, const Session& session) {
+  array = nb::borrow(given);
+  tensor.import(array, name, session, Access::write);
+}
+
+void Output::make(const char* name, const Session& session, const Shape& shape, DLDataType dtype,
+                  bool zero) {
+  array = session.lead->family == Family::exchange
+              ? exchange_empty(session, name, shape, dtype, zero)
+              : new_array(session, name, session.like, shape_tuple(shape),
+                          nb::str(dtype_name(dtype).c_str()), zero);
+  made_ = true;
+  tensor.import(array, name, session, Access::write);
+}
+
+void Output::make_like(const char* name, const Session& session, nb::handle source,
+                       const Tensor& source_tensor, bool zero) {
+  if (array_type(source).family != session.lead->family ||
+      session.lead->family >= Family::exchange) {
+    Shape const shape(source_tensor->shape, source_tensor->shape + source_tensor->ndim);
+    return make(name, session, shape, source_tensor->dtype, zero);
+  }
+  array = new_array(session, name, source, nb::none(), nb::none(), zero);
+  made_ = true;
+  tensor.import(array, name, session, Access::write);
+}
+
+nb::object Output::take(const Session& session) {
+  if (!array.is_valid()) return nb::none();
+  if (session.lead->family != Family::jax || !made_) return array;
+  return nb::module_::import_("flashcore._allocate").attr("jax_array")(array, session.like);
+}
+
+Workspace::Workspace(const Session& session, size_t bytes) {
+  if (bytes == 0) return;
+  if (session.device.device_type == kDLCPU) {
+    host_.reset(::operator new(bytes, std::align_val_t{FLASHCORE_WORKSPACE_ALIGNMENT}));
+    data_ = host_.get();
+    return;
+  }
+  Shape const shape{static_cast<int64_t>(bytes)};
+  DLDataType const byte{kDLUInt, 8, 1};
+  array_ = session.lead->family == Family::exchange
+               ? exchange_empty(session, "workspace", shape, byte, /*zero=*/false)
+               : new_array(session, "workspace", session.like, shape_tuple(shape), nb::str("uint8"),
+                           /*zero=*/false);
+  tensor_.import(array_, "workspace", session, Access::write);
+  data_ = tensor_->data;
+}
+
+std::string read_dtype_name(const char* call, nb::handle out_dtype) {
+  nb::object name = nb::borrow(out_dtype);
+  for (const char* attribute : {"name", "__name__"})
+    if (!PyUnicode_Check(name.ptr()) && nb::hasattr(out_dtype, attribute))
+      name = out_dtype.attr(attribute);
+  std::string word = str_text(name);  // "torch.float32", "float32"
+  word = word.substr(word.find('.') + 1);
+  for (const char* known : {"float16", "bfloat16", "float32", "float64"})
+    if (word == known) return word;
+  refuse_argument("[", call, "] out_dtype must be None (q's dtype) or float32, got ",
+                  nb::cast<std::string>(nb::repr(out_dtype)));
+}
+
+}  // namespace flashcore::python

@@ -1,0 +1,116 @@
+"""New arrays for outputs and device workspaces, one allocator per framework.
+
+The extension makes an allocator when it meets the first array of a framework, which is imported
+here by name and found loaded. An allocator takes
+
+    like    an array of that framework: the new one is on its device
+    shape   None: that of like, with its dtype and order of dimensions
+    dtype   the name of a dtype; None if shape is
+    zero    fill with zeros
+    stream  the raw CUDA stream that the caller named, or None for the framework's current one:
+            frameworks recycle memory in stream order, so memory belongs to the stream that uses it
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+Allocator = Callable[[Any, Any, Any, bool, Any], Any]
+
+_ALIGNMENT = 64  # bytes: what JAX asks of memory that it takes over without a copy
+
+
+def torch_allocator() -> Allocator:
+    import torch
+
+    cuda: Any = torch.cuda
+
+    def on_stream(device: Any, stream: int) -> Any:
+        legacy = stream == 0
+        return cuda.stream(
+            cuda.default_stream(device) if legacy else cuda.ExternalStream(stream, device)
+        )
+
+    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+        if stream is not None and like.is_cuda:
+            with on_stream(like.device, stream):
+                return allocate(like, shape, dtype, zero, None)
+        if shape is None:
+            return torch.zeros_like(like) if zero else torch.empty_like(like)
+        make = torch.zeros if zero else torch.empty
+        return make(shape, dtype=getattr(torch, dtype), device=like.device)
+
+    return allocate
+
+
+def numpy_allocator() -> Allocator:
+    import numpy as np
+
+    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+        if shape is None:
+            make_like = np.zeros_like if zero else np.empty_like
+            return make_like(like, subok=False)
+        return (np.zeros if zero else np.empty)(shape, _numpy_dtype(dtype))
+
+    return allocate
+
+
+def cupy_allocator() -> Allocator:
+    import cupy
+
+    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+        with contextlib.ExitStack() as scope:
+            scope.enter_context(like.device)
+            if stream is not None:
+                scope.enter_context(cupy.cuda.ExternalStream(stream, like.device.id))
+            if shape is None:
+                return cupy.zeros_like(like) if zero else cupy.empty_like(like)
+            return (cupy.zeros if zero else cupy.empty)(shape, _numpy_dtype(dtype))
+
+    return allocate
+
+
+def jax_allocator() -> Allocator:
+    """A JAX array may not be written, so this makes a NumPy array, which `jax_array` turns into
+    one: aligned so that JAX need not copy it."""
+    import numpy as np
+
+    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+        kind = like.dtype if shape is None else np.dtype(_numpy_dtype(dtype))
+        shape = like.shape if shape is None else shape
+        size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        memory = (np.zeros if zero else np.empty)(size + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        return memory[start : start + size].view(kind).reshape(shape)
+
+    return allocate
+
+
+def jax_array(buffer: Any, like: Any) -> Any:
+    """The buffer as a JAX array on like's device. Nobody else holds the buffer."""
+    import jax
+
+    return jax.device_put(buffer, like.device)
+
+
+def packed(array: Any) -> Any:
+    """A copy with the elements in order."""
+    if hasattr(array, "contiguous"):
+        return array.contiguous()
+    if type(array).__module__.partition(".")[0] == "cupy":
+        import cupy
+
+        return cupy.ascontiguousarray(array)
+    import numpy as np
+
+    return np.ascontiguousarray(array)
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name != "bfloat16":
+        return name
+    import ml_dtypes  # bfloat16 is not among NumPy's own dtypes
+
+    return ml_dtypes.bfloat16
