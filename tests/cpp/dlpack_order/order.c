@@ -1,0 +1,3 @@
+#include "dlpack_order/order.h"
+
+int main(void) { return flashcore_last_error()[0] != 0; }

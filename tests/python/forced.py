@@ -1,0 +1,108 @@
+"""Runs one kernel, forced, on the cases it takes. A program of its own: see test_kernels.py.
+
+    FLASHCORE_FORCE=cpu-avx2-fwd-float32 python forced.py cpu-avx2-fwd-float32
+"""
+
+from __future__ import annotations
+
+import sys
+
+import cases
+import numpy as np
+from cases import Case
+
+import flashcore as fc
+from flashcore import reference
+from flashcore.testing import assert_close_to_reference, assert_grads_close_to_reference
+
+DTYPE_OF = {np.dtype(t).name: name for name, t in cases.DTYPES.items()}
+
+# Small, and together they reach every branch a kernel can have. A kernel runs those it accepts.
+CORE = [
+    Case("full tiles and a tail"),
+    Case("causal with groups", causal=True, h=(4, 2)),
+    Case("more rows than keys: rows that see nothing", causal=True, q=200, k=90),
+    Case("top-left", causal=True, align="top_left"),
+    Case("one row", q=1, k=300, h=(8, 1)),
+    Case("one key", q=130, k=1),
+    Case("the next head dim up", d=40, causal=True),
+    Case("128", d=128),
+    Case("128, causal", d=128, causal=True),
+    Case("256", d=256, q=70, k=80),
+    Case("256, causal", d=256, q=80, k=70, causal=True),
+    Case("an odd head dim", d=33, dv=17),
+    Case("a window", window=(30, 2)),
+    Case("everything that moves the score", softcap=2.0, alibi="h", bias="hqk", sinks=True),
+    Case("everything that excludes", causal=True, window=(90, None), mask="bhqk",
+         lengths_q=(113, 40), lengths_k=(60, 203), blocks=(32, 48)),
+    Case("dropout", dropout=0.3, causal=True),
+    Case("packed sequences", packed_q=(30, 0, 64, 1), packed_k=(40, 5, 64, 0), causal=True),
+    Case("strides", strides="sliced", layout="bhsd"),
+]
+
+
+def cases_of(kernel: fc.Kernel) -> list[Case]:
+    """The core cases this kernel's row says it takes."""
+    dtype = DTYPE_OF.get(kernel.dtype)
+    if dtype is None:
+        return []
+    plain = ("causal", "align", "h", "b", "q", "k", "d", "dtype", "reason")
+    taken = []
+    for case in CORE:
+        special = any(getattr(case, f) != getattr(Case, f) for f in Case.__dataclass_fields__
+                      if f not in plain)
+        if kernel.mask != "any" and (special or case.causal != (kernel.mask == "causal")):
+            continue
+        if kernel.head_dim and (case.d > kernel.head_dim or case.d % 8):
+            continue
+        # Long double, in which float64 is checked, is slow: one batch is enough there.
+        one = dtype == "f64" and not (case.lengths_q or case.packed_q)
+        taken.append(case.but(dtype=dtype, **({"b": 1} if one else {})))
+    return taken
+
+
+def run(kernel: fc.Kernel, case: Case) -> None:
+    arrays, options = case.arrays(), case.options()
+    to_device = _to_cuda if kernel.backend != "cpu" else (lambda x: x)
+    q, k, v = (to_device(arrays[name]) for name in "qkv")
+    plan = fc.explain(q, k, v, direction=kernel.direction, **options)
+    assert plan.kernel == kernel.name, f"{plan.kernel} was chosen: {plan.refusals}"
+    if kernel.direction == "forward":
+        result = fc.attention(q, k, v, **options, return_lse=True)
+        assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], **options)
+        return
+    # The forward kernels are forced out: out and lse come from the definition.
+    values = dict(options)
+    if case.blocks:
+        values["block_mask"] = options["block_mask"].to_dense()
+    exact = reference.attention(arrays["q"], arrays["k"], arrays["v"], **values)
+    out = to_device(exact.out.astype(arrays["q"].dtype))
+    lse = to_device(exact.lse.astype(arrays["dlse"].dtype))
+    grads = fc.attention_backward(to_device(arrays["dout"]), q, k, v, out, lse, **options,
+                                  dlse=to_device(arrays["dlse"]))
+    assert_grads_close_to_reference(grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"],
+                                    dlse=arrays["dlse"], **options)
+
+
+def _to_cuda(x):
+    import torch
+
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).cuda().view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(x)).cuda()
+
+
+def main(name: str) -> None:
+    kernel = next(k for k in fc.kernels() if k.name == name)
+    ran = 0
+    for case in cases_of(kernel):
+        try:
+            run(kernel, case)
+        except AssertionError as e:
+            raise AssertionError(f"{name} on {case}: {e}") from e
+        ran += 1
+    print(ran)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

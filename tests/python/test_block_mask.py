@@ -1,0 +1,253 @@
+"""BlockMask: each constructor against its definition over single positions, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flashcore as fc
+
+BLOCK = (16, 24)
+
+
+def blocks_to_dense(kept: Any, block: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    dense = np.asarray(kept, bool).repeat(block[0], -2).repeat(block[1], -1)
+    return dense[..., : shape[0], : shape[1]]
+
+
+def check_lists(mask: fc.BlockMask) -> None:
+    """Both directions list the same pairs, ascending, as int32."""
+    kept = mask.to_blocks()
+    lists = [
+        (mask.kv_num_blocks, mask.kv_indices, kept),
+        (mask.q_num_blocks, mask.q_indices, kept.swapaxes(2, 3)),
+    ]
+    for count, indices, want in lists:
+        assert count.dtype == np.int32 and indices.dtype == np.int32
+        assert indices.shape[:-1] == count.shape == want.shape[:-1]
+        for at in np.ndindex(count.shape):
+            assert indices[at][: count[at]].tolist() == np.flatnonzero(want[at]).tolist()
+
+
+@st.composite
+def random_blocks(draw: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    block = draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
+    shape = draw(st.tuples(st.integers(0, 70), st.integers(0, 70)))
+    sizes = draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
+    sizes += (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kept = rng.random(sizes) < draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    return blocks_to_dense(kept, block, shape), block, shape
+
+
+@given(random_blocks())
+def test_dense_round_trip(case: Any) -> None:
+    dense, block, shape = case
+    mask = fc.BlockMask.from_dense(dense, block)
+    assert mask.shape == shape and mask.block == block
+    np.testing.assert_array_equal(mask.to_dense(), dense)
+    check_lists(mask)
+    kept = mask.to_blocks()
+    assert mask.density == (kept.mean() if kept.size else 0.0)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_dense_ranks(lead: tuple[int, ...]) -> None:
+    m = np.ones((*lead, 40, 50), bool)
+    mask = fc.BlockMask.from_dense(m, BLOCK)
+    assert mask.kv_num_blocks.shape == ((1, 1, *lead)[-2:] + (3,))
+
+
+def test_dense_refuses_mixed_blocks() -> None:
+    causal = np.tril(np.ones((48, 48), bool))
+    with pytest.raises(fc.ArgumentError, match=r"only a part of block \(0, 0, 0, 0\)"):
+        fc.BlockMask.from_dense(causal, BLOCK)
+    mask = fc.BlockMask.from_dense(causal, BLOCK, keep_partial=True)
+    want = [[1, 0], [1, 1], [1, 1]]
+    np.testing.assert_array_equal(mask.to_blocks()[0, 0], want)
+
+
+@pytest.mark.parametrize("m", [np.ones((4, 4)), np.ones(4, bool), np.ones((1, 1, 1, 4, 4), bool)])
+def test_dense_refuses_other_arrays(m: np.ndarray) -> None:
+    with pytest.raises(fc.ArgumentError, match="m must be a boolean array"):
+        fc.BlockMask.from_dense(m)
+
+
+@pytest.mark.parametrize("block", [(0, 8), (8,), (8, -1), (8, 8, 8), (1.5, 8)])
+def test_block_sizes(block: Any) -> None:
+    with pytest.raises(fc.ArgumentError, match="block must be two positive integers"):
+        fc.BlockMask.from_dense(np.ones((8, 8), bool), block)
+
+
+def test_bsr() -> None:
+    kept = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
+    indptr = np.concatenate([[0], kept.sum(1).cumsum()])
+    mask = fc.BlockMask.from_bsr(indptr, np.nonzero(kept)[1], (40, 90), BLOCK)
+    np.testing.assert_array_equal(mask.to_blocks()[0, 0], kept)
+    check_lists(mask)
+
+
+@pytest.mark.parametrize(
+    ("indptr", "indices", "message"),
+    [
+        ([0, 2, 3], [0, 1, 2], "indptr must have 4 entries"),
+        ([0, 1, 2, 4], [0, 1, 2], "indptr must rise from 0 to"),
+        ([1, 1, 2, 3], [0, 1, 2], "indptr must rise from 0 to"),
+        ([0, 3, 2, 3], [0, 1, 2], "indptr must rise from 0 to"),
+        ([0, 1, 2, 3], [0, 1, 4], r"indices must be in 0\.\.3, got 4 in query block 2"),
+        ([0, 1, 2, 3], [0, -1, 2], r"indices must be in 0\.\.3, got -1 in query block 1"),
+        ([0, 1, 3, 3], [3, 2, 1], "ascend without repeats within a query block, got 2 then 1"),
+        ([0, 1, 3, 3], [3, 2, 2], "ascend without repeats within a query block, got 2 then 2"),
+        ([0, 1, 2, 3], [0.0, 1.0, 2.0], "indices must be a 1-D integer array"),
+        ([[0, 1, 2, 3]], [0, 1, 2], "indptr must be a 1-D integer array"),
+    ],
+)
+def test_bsr_refuses(indptr: Any, indices: Any, message: str) -> None:
+    with pytest.raises(fc.ArgumentError, match=message):
+        fc.BlockMask.from_bsr(indptr, indices, (40, 90), BLOCK)
+
+
+def test_bsr_may_begin_a_row_below_the_last() -> None:
+    mask = fc.BlockMask.from_bsr([0, 1, 2, 3], [3, 2, 0], (40, 90), BLOCK)
+    assert mask.to_blocks()[0, 0].sum() == 3
+
+
+@st.composite
+def random_intervals(draw: Any) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int]]:
+    block = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    seqlen_k = draw(st.integers(0, 40))
+    sizes = draw(st.sampled_from([(), (2,), (2, 2)])) + (draw(st.integers(0, 30)),)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    start = rng.integers(0, seqlen_k + 1, sizes)
+    end = rng.integers(0, seqlen_k + 1, sizes)
+    if draw(st.booleans()):  # whole blocks: exact
+        first = np.arange(sizes[-1]) // block[0] * block[0]
+        start = start[..., first] // block[1] * block[1]
+        end = np.minimum(-(-end[..., first] // block[1]) * block[1], seqlen_k)
+    return start, end, seqlen_k, block
+
+
+@given(random_intervals())
+def test_intervals(case: Any) -> None:
+    start, end, seqlen_k, block = case
+    j = np.arange(seqlen_k)
+    dense = (j >= start[..., None]) & (j < end[..., None])
+    loose = fc.BlockMask.from_intervals(start, end, seqlen_k, block, keep_partial=True)
+    want = fc.BlockMask.from_dense(dense, block, keep_partial=True)
+    np.testing.assert_array_equal(loose.to_blocks(), want.to_blocks())
+    check_lists(loose)
+    try:
+        exact = fc.BlockMask.from_dense(dense, block)
+    except fc.ArgumentError:
+        with pytest.raises(fc.ArgumentError, match="the intervals would keep only a part"):
+            fc.BlockMask.from_intervals(start, end, seqlen_k, block)
+    else:
+        got = fc.BlockMask.from_intervals(start, end, seqlen_k, block)
+        np.testing.assert_array_equal(got.to_blocks(), exact.to_blocks())
+
+
+def test_intervals_refuse() -> None:
+    zeros = np.zeros(8, int)
+    with pytest.raises(fc.ArgumentError, match="one shape"):
+        fc.BlockMask.from_intervals(zeros, zeros[:4], 8)
+    with pytest.raises(fc.ArgumentError, match="must be integers"):
+        fc.BlockMask.from_intervals(zeros, zeros + 0.5, 8)
+    with pytest.raises(fc.ArgumentError, match=r"within 0\.\.8"):
+        fc.BlockMask.from_intervals(zeros, zeros + 9, 8)
+    with pytest.raises(fc.ArgumentError, match=r"within 0\.\.8"):
+        fc.BlockMask.from_intervals(zeros - 1, zeros + 3, 8)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 13])
+def test_butterfly(n: int) -> None:
+    mask = fc.BlockMask.butterfly(n * 16, block=(16, 16))
+    powers = {0, 1, 2, 4, 8}
+    want = [[(i ^ j) in powers for j in range(n)] for i in range(n)]
+    np.testing.assert_array_equal(mask.to_blocks()[0, 0], want)
+
+
+def test_butterfly_options() -> None:
+    mask = fc.BlockMask.butterfly(8 * 16, block=(16, 16), factors=1)
+    np.testing.assert_array_equal(
+        mask.to_blocks()[0, 0], np.kron(np.eye(4, dtype=bool), np.ones((2, 2), bool))
+    )
+    diagonal = fc.BlockMask.butterfly(8 * 16, block=(16, 16), factors=0)
+    np.testing.assert_array_equal(diagonal.to_blocks()[0, 0], np.eye(8, dtype=bool))
+    some = fc.BlockMask.butterfly(8 * 16, block=(16, 16), factors=0, global_blocks=1).to_blocks()
+    assert some[0, 0, 0].all() and some[0, 0, :, 0].all() and some.sum() == 8 + 14
+    stretched = fc.BlockMask.butterfly(4 * 16, 8 * 16, block=(16, 16)).to_blocks()[0, 0]
+    assert stretched.shape == (4, 8) and stretched.any(0).all() and stretched.any(1).all()
+    with pytest.raises(fc.ArgumentError, match="must be >= 0"):
+        fc.BlockMask.butterfly(64, factors=-1)
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("window", [(5, 3), (0, 0), (None, 7), (40, -1), (None, None)])
+@pytest.mark.parametrize("shape", [(50, 50), (33, 70), (70, 33), (0, 20)])
+def test_sliding(shape: tuple[int, int], window: Any, align: str) -> None:
+    i = np.arange(shape[0])[:, None] + (shape[1] - shape[0] if align == "bottom_right" else 0)
+    j = np.arange(shape[1])
+    left, right = (10**6 if w in (None, -1) else w for w in window)
+    dense = (j >= i - left) & (j <= i + right)
+    mask = fc.BlockMask.sliding(*shape, BLOCK, window_size=window, align=align)
+    want = fc.BlockMask.from_dense(dense, BLOCK, keep_partial=True)
+    np.testing.assert_array_equal(mask.to_blocks(), want.to_blocks())
+
+
+def test_sliding_refuses() -> None:
+    with pytest.raises(fc.ArgumentError, match="window_size and global_blocks must be >= 0"):
+        fc.BlockMask.sliding(64, window_size=(-2, 0))
+    with pytest.raises(fc.ArgumentError, match="align must be"):
+        fc.BlockMask.sliding(64, window_size=(1, 1), align="top")
+
+
+def test_lists_of_other_shapes() -> None:
+    m = fc.BlockMask.butterfly(64, block=(16, 16))
+    lists = [m.kv_num_blocks, m.kv_indices, m.q_num_blocks, m.q_indices]
+    with pytest.raises(fc.ArgumentError, match="kv_num_blocks must be"):
+        fc.BlockMask(lists[1], *lists[1:], m.block)
+    with pytest.raises(fc.ArgumentError, match="one batch and head size"):
+        fc.BlockMask(*lists[:2], *(x.repeat(2, 0) for x in lists[2:]), m.block)
+    with pytest.raises(fc.ArgumentError, match=r"shape \(99, 64\) has"):
+        fc.BlockMask(*lists, m.block, (99, 64))
+    assert fc.BlockMask(*lists, m.block).shape == (64, 64)
+
+
+def test_picture() -> None:
+    mask = fc.BlockMask.butterfly(64, block=(16, 16), factors=1)
+    head, *picture = str(mask).split("\n")
+    assert head == repr(mask) and "density=0.500" in head
+    assert picture == ["██··", "██··", "··██", "··██"]
+    large = str(fc.BlockMask.butterfly(128 * 500)).split("\n")
+    assert len(large) <= 50 and all(len(line) <= 48 for line in large[1:])
+    assert "blocks=0x0" in str(fc.BlockMask.butterfly(0))
+
+
+def test_attention_sees_exactly_the_kept_blocks() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 2, 16)).astype(np.float32) for n in (50, 60, 60))
+    kept = rng.random((1, 2, 4, 3)) < 0.5
+    dense = blocks_to_dense(kept, BLOCK, (50, 60))
+    mask = fc.BlockMask.from_dense(dense, BLOCK)
+    np.testing.assert_allclose(
+        fc.attention(q, k, v, block_mask=mask), fc.attention(q, k, v, mask=dense), atol=1e-6
+    )
+
+
+def test_map_moves_the_lists() -> None:
+    torch = pytest.importorskip("torch")
+    mask = fc.BlockMask.butterfly(64, block=(16, 16)).map(torch.from_numpy)
+    assert isinstance(mask.kv_indices, torch.Tensor)
+    q = torch.randn(1, 64, 2, 16)
+    want = fc.attention(q, q, q, block_mask=mask.map(lambda x: x.numpy()))
+    assert torch.equal(fc.attention(q, q, q, block_mask=mask), want)
+
+
+def test_a_mask_for_other_lengths_is_refused() -> None:
+    q = np.zeros((1, 80, 2, 16), np.float32)
+    with pytest.raises(fc.ArgumentError, match="made for other lengths"):
+        fc.attention(q, q, q, block_mask=fc.BlockMask.butterfly(64, block=(16, 16)))
