@@ -1,0 +1,294 @@
+"""`python -m benchmarks gpu`: the forward pass beside cuDNN and FlashAttention, in one process.
+
+Peers take turns, two calls a round, in an order that rotates; a write of 400 MB before every call
+empties the L2 cache and hides the time to launch. CUDA events, median over all calls. Under a power
+limit the clock moves by ten percent within minutes: taking turns lets every peer see the same
+clock, so compare within a row, not between files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from math import exp, log
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.peers_cpu import Unavailable, need
+from benchmarks.peers_gpu import DEFAULT_PEERS, PEERS, Call, Inputs
+from benchmarks.problems import Problem, gpu_grid, gpu_more
+
+FLUSH_BYTES = 400_000_000
+CALLS_PER_TURN = 2
+OURS = "flashcore"
+
+Cell = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", choices=("grid", "more"), default="grid", help="which problems")
+    parser.add_argument("--quick", action="store_true", help="12 cells of the grid, 10 rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="default 14: 28 calls of each peer")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DEFAULT_PEERS))
+    parser.add_argument("--filter", default="", help="only cells whose name contains this")
+    parser.add_argument("--out", type=Path, default=None, help="a folder of results/")
+
+
+def run(options: argparse.Namespace) -> None:
+    torch = need("torch")
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks gpu: torch finds no CUDA device")
+    device = torch.cuda.get_device_name()
+    problems = gpu_more() if options.set == "more" else gpu_grid(options.quick)
+    problems = [p for p in problems if options.filter in p.cell]
+    rounds = options.rounds or (10 if options.quick else 14)
+    meter = Meter()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    ceilings = [matmul_tflops(torch, flush)]
+    cells: list[Cell] = []
+    for p in problems:
+        rows = measure(torch, p, options.peers, rounds, flush, meter)
+        cells += rows
+        print(line(p, rows), flush=True)
+    ceilings.append(matmul_tflops(torch, flush))
+    result = {
+        "device": device,
+        "driver": nvidia_smi("driver_version"),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": commit(),
+        "matmul_tflops": ceilings,
+        "rounds": rounds,
+        "cells": cells,
+    }
+    meter.close()
+    name = "forward_quick" if options.quick else f"forward_{options.set}"
+    folder = options.out or Path("benchmarks/results") / device.split()[-1].lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    report = markdown(result)
+    path.with_suffix(".md").write_text(report, encoding="utf-8")
+    plots.gpu(result, path.with_suffix(".png"))
+    print(report)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def measure(
+    torch: Any, p: Problem, peers: list[str], rounds: int, flush: Any, meter: Meter
+) -> list[Cell]:
+    x = Inputs(torch, p)
+    calls: dict[str, Call] = {}
+    refusals: dict[str, str] = {}
+    for name in peers:
+        try:
+            calls[name] = PEERS[name](p, x)
+            check(torch, p, x, calls[name]())
+        except Unavailable as reason:
+            calls.pop(name, None)
+            refusals[name] = str(reason)
+        except Exception as error:  # a peer that fails has no number, the others have
+            calls.pop(name, None)
+            refusals[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    began = time.monotonic()
+    microseconds = take_turns(torch, calls, rounds, flush)
+    power, clock = meter.since(began)
+    cells = []
+    for name in peers:
+        cell: Cell = {"cell": p.cell, "direction": "fwd", "peer": name}
+        if name in refusals:
+            cell["refusal"] = refusals[name]
+        else:
+            us = median(microseconds[name])
+            cell |= {"us": round(us, 2), "tflops": round(p.flops() / us * 1e-6, 1)}
+            cell |= {"watts": power, "mhz": clock}
+        cells.append(cell)
+    return cells
+
+
+def take_turns(
+    torch: Any, calls: dict[str, Call], rounds: int, flush: Any
+) -> dict[str, list[float]]:
+    """Microseconds of every call. The first round warms up and is not counted."""
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        events = []
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            for _ in range(CALLS_PER_TURN):
+                flush.fill_(turn % 100)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                calls[name]()
+                end.record()
+                events.append((name, begin, end))
+        torch.cuda.synchronize()
+        if turn:
+            for name, begin, end in events:
+                times[name].append(begin.elapsed_time(end) * 1e3)
+    return times
+
+
+def check(torch: Any, p: Problem, x: Inputs, out: Any) -> None:
+    """The timed call itself, on its last head (and last document), against the definition.
+
+    Passes when its error is at most twice that of plain attention in the same dtype.
+    """
+    group = p.num_heads // p.heads_kv
+    if p.lengths:
+        rows = slice(sum(p.lengths) - p.lengths[-1], None)
+        q, got = x.q[rows, -1], out[rows, -1]
+        k, v = x.k[rows, -1], x.v[rows, -1]
+    else:
+        q, got, k, v = x.q[-1, :, -1], out[-1, :, -1], x.k[-1, :, -1], x.v[-1, :, -1]
+    assert group * p.heads_kv == p.num_heads
+    i = torch.arange(q.shape[0], device="cuda")[:, None] + k.shape[0] - q.shape[0]
+    j = torch.arange(k.shape[0], device="cuda")[None, :]
+    hidden = torch.zeros((q.shape[0], k.shape[0]), dtype=torch.bool, device="cuda")
+    if p.causal or p.window:
+        hidden |= j > i
+    if p.window:
+        hidden |= j < i - p.window
+
+    def attention(dtype: Any) -> Any:
+        s = (q.to(dtype) @ k.to(dtype).T).double() * p.head_dim**-0.5
+        weights = torch.softmax(s.masked_fill(hidden, float("-inf")), dim=-1)
+        return (weights.to(dtype) @ v.to(dtype)).double()
+
+    exact = attention(torch.float64)
+    allowed = 2 * (attention(q.dtype) - exact).abs().max() + 1e-5
+    error = (got.double() - exact).abs().max()
+    if not error <= allowed:
+        raise Unavailable(f"WRONG: error {error.item():.1e}, allowed {allowed.item():.1e}")
+
+
+def matmul_tflops(torch: Any, flush: Any) -> float:
+    """The rate of an 8192^3 bfloat16 product, hot, as cuBLAS does it."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    us = median(take_turns(torch, {"matmul": lambda: a @ b}, 15, flush)["matmul"])
+    return round(2 * n**3 / us * 1e-6, 1)
+
+
+class Meter:
+    """Power and SM clock, sampled by nvidia-smi in the background."""
+
+    def __init__(self) -> None:
+        query = "--query-gpu=power.draw,clocks.sm --format=csv,noheader,nounits -lms 100"
+        self.samples: list[tuple[float, float, float]] = []
+        try:
+            self.process: Any = subprocess.Popen(
+                ["nvidia-smi", *query.split()], stdout=subprocess.PIPE, text=True
+            )
+        except OSError:
+            self.process = None
+            return
+        import threading
+
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        for text in self.process.stdout:
+            try:
+                watts, mhz = (float(part) for part in text.split(","))
+            except ValueError:
+                continue
+            self.samples.append((time.monotonic(), watts, mhz))
+
+    def since(self, began: float) -> tuple[int, int]:
+        """Mean watts and MHz; the newest sample if the stretch was shorter than their distance."""
+        chosen = [s for s in self.samples if s[0] >= began] or self.samples[-1:]
+        if not chosen:
+            return 0, 0
+        return round(mean(s[1] for s in chosen)), round(mean(s[2] for s in chosen))
+
+    def close(self) -> None:
+        if self.process:
+            self.process.terminate()
+
+
+def nvidia_smi(field: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.splitlines()[0].strip()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def line(p: Problem, rows: list[Cell]) -> str:
+    shown = [f"{c['peer']} {c['tflops']:.0f}" if "us" in c else f"{c['peer']} –" for c in rows]
+    return f"{p.cell:<36} TFLOP/s: {', '.join(shown)}"
+
+
+def ratio_to_best(rows: list[Cell]) -> float | None:
+    rates = {c["peer"]: c["tflops"] for c in rows if "tflops" in c}
+    ours = rates.pop(OURS, None)
+    rates.pop("eager", None)
+    return ours / max(rates.values()) if ours and rates else None
+
+
+def markdown(result: dict[str, Any]) -> str:
+    cells = result["cells"]
+    peers = list(dict.fromkeys(c["peer"] for c in cells))
+    low, high = min(result["matmul_tflops"]), max(result["matmul_tflops"])
+    ceiling = (low + high) / 2
+    lines = [
+        f"# Forward on {result['device']}",
+        "",
+        f"Driver {result['driver']}, torch {result['torch']}, cuDNN {result['cudnn']}, commit "
+        f"{result['commit']}. TFLOP/s, median of {CALLS_PER_TURN * result['rounds']} calls that "
+        "take turns in one process, L2 flushed before each; every timed call was checked against "
+        f"float64 first. 8192^3 bf16 matmul in the same process: {low:.0f} to {high:.0f} TFLOP/s.",
+        "",
+        "| cell | " + " | ".join(peers) + " | ours / best | us | % of matmul | W | MHz |",
+        "|---" * (len(peers) + 6) + "|",
+    ]
+    ratios = []
+    for name in dict.fromkeys(c["cell"] for c in cells):
+        rows = [c for c in cells if c["cell"] == name]
+        rate = {c["peer"]: c.get("tflops") for c in rows}
+        best = max((r for r in rate.values() if r), default=0)
+        shown = [
+            "–" if not r else f"**{r:.0f}**" if r == best else f"{r:.0f}"
+            for r in (rate[p] for p in peers)
+        ]
+        ours = next((c for c in rows if c["peer"] == OURS and "us" in c), None)
+        ratio = ratio_to_best(rows)
+        if ratio:
+            ratios.append(ratio)
+        tail = [f"{ratio:.2f}" if ratio else "–"]
+        tail += (
+            [f"{ours['us']:.1f}", f"{100 * ours['tflops'] / ceiling:.0f}"] if ours else ["–", "–"]
+        )
+        meter: Cell = next((c for c in rows if "watts" in c), {})
+        tail += [str(meter.get("watts", "–")), str(meter.get("mhz", "–"))]
+        lines.append(f"| {name} | " + " | ".join(shown + tail) + " |")
+    if ratios:
+        geometric = exp(sum(log(r) for r in ratios) / len(ratios))
+        lines += [
+            "",
+            f"Ours / best peer: geometric mean {geometric:.3f}, lowest {min(ratios):.2f}, "
+            f"{sum(r >= 1 for r in ratios)} of {len(ratios)} cells at 1 or above.",
+        ]
+    reasons = dict.fromkeys((c["peer"], c["refusal"]) for c in cells if "refusal" in c)
+    if reasons:
+        lines += ["", "– means no number:", ""]
+        lines += [f"* {peer}: {why}" for peer, why in reasons]
+    return "\n".join(lines) + "\n"
