@@ -3,160 +3,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "common/error.h"
-#include "common/text.h"
+#include "argument.h"
 
 namespace flashcore {
 namespace {
-
-// ---- failing ------------------------------------------------------------------------------------
-
-thread_local const char* current_call = "attention";
-
-template <class... Parts>
-[[noreturn]] void fail_as(flashcore_status status, const Parts&... parts) {
-  throw Failure(status, text("[", current_call, "] ", parts...));
-}
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  fail_as(FLASHCORE_INVALID_ARGUMENT, parts...);
-}
-template <class... Parts>
-[[noreturn]] void unsupported(const Parts&... parts) {
-  fail_as(FLASHCORE_UNSUPPORTED, parts...);
-}
-
-// ---- reading tensors ----------------------------------------------------------------------------
-
-std::string type_name(DLDataType t) {
-  const char* const stem = t.code == kDLInt                                          ? "int"
-                           : t.code == kDLUInt                                       ? "uint"
-                           : t.code == kDLFloat                                      ? "float"
-                           : t.code == kDLBfloat                                     ? "bfloat"
-                           : t.code == kDLBool                                       ? "bool"
-                           : t.code == kDLComplex                                    ? "complex"
-                           : t.code >= kDLFloat8_e3m4 && t.code <= kDLFloat8_e8m0fnu ? "float8_"
-                                                                                     : "dtype";
-  if (t.code == kDLBool && t.bits == 8) return "bool";
-  std::string s = text(stem, int{t.bits});
-  if (t.lanes != 1) s += text("x", int{t.lanes});
-  return s;
-}
-
-std::string device_name(int type, int id) {
-  switch (type) {
-    case kDLCPU:
-      return "cpu";
-    case kDLCUDA:
-      return text("cuda:", id);
-    default:
-      return text("device type ", type, ":", id);
-  }
-}
-
-// "float32[2,1024,16,64]"
-std::string show(const DLTensor& t) {
-  std::string s = type_name(t.dtype) + "[";
-  for (int d = 0; d < t.ndim; ++d) s += text(d ? "," : "", t.shape[d]);
-  return s + "]";
-}
-
-bool is_type(DLDataType t, int code, int bits) {
-  return t.code == code && t.bits == bits && t.lanes == 1;
-}
-bool is_float(DLDataType t, DType want) {
-  switch (want) {
-    case DType::f16:
-      return is_type(t, kDLFloat, 16);
-    case DType::bf16:
-      return is_type(t, kDLBfloat, 16);
-    case DType::f32:
-      return is_type(t, kDLFloat, 32);
-    case DType::f64:
-      return is_type(t, kDLFloat, 64);
-  }
-  return false;
-}
-
-int device_type_of(const DLTensor& t) {
-  switch (int const type = t.device.device_type) {
-    case kDLCUDAHost:
-      return kDLCPU;  // pinned memory is ordinary memory to the CPU
-    case kDLCUDAManaged:
-      return kDLCUDA;
-    default:
-      return type;
-  }
-}
-
-constexpr int64_t kMaxExtent = INT32_MAX;  // positions are 32-bit inside the kernels
-
-// One argument: its name for messages, its tensor, and its strides in elements.
-struct Arg {
-  const char* name;
-  const DLTensor* tensor;
-  int64_t stride[4] = {};
-
-  int64_t size(int d) const { return tensor->shape[d]; }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int d = 0; d < tensor->ndim; ++d) n *= tensor->shape[d];
-    return n;
-  }
-  bool empty() const { return numel() == 0; }
-  // Never null, so that a given tensor without elements is not taken for one that was not given.
-  void* data() const {
-    return empty() ? nothing : static_cast<char*>(tensor->data) + tensor->byte_offset;
-  }
-  alignas(FLASHCORE_WORKSPACE_ALIGNMENT) static inline char nothing[1] = {};
-};
-
-// Shape, strides and data of an argument; the dimensions' meaning is checked by the caller.
-Arg read(const char* name, const DLTensor* tensor, int ndim, const char* dims) {
-  if (!tensor) fail(name, " is required: pass a tensor ", dims);
-  if (tensor->ndim != ndim || !tensor->shape)
-    fail(name, " must have ", ndim, " dimensions ", dims, ", got ",
-         tensor->shape ? show(*tensor) : text(tensor->ndim, " and no shape"));
-  Arg arg{name, tensor};
-  int64_t packed = 1;
-  for (int d = ndim - 1; d >= 0; --d) {
-    int64_t const n = tensor->shape[d];
-    if (n < 0 || n > kMaxExtent)
-      fail(name, " has an extent outside 0..", kMaxExtent, ": ", show(*tensor));
-    arg.stride[d] = n > 1 ? packed : 0;
-    packed *= max_of<int64_t>(n, 1);
-  }
-  // Producers leave anything in dimensions of size 1 and in tensors without elements.
-  if (tensor->strides && !arg.empty())
-    for (int d = 0; d < ndim; ++d)
-      if (tensor->shape[d] > 1) arg.stride[d] = tensor->strides[d];
-  if (!tensor->data && !arg.empty())
-    fail(name, " has no data (NULL) although it is ", show(*tensor),
-         ": fake, meta and freed tensors cannot be computed on");
-  return arg;
-}
-
-void require_unit_stride(const Arg& a) {
-  int const last = a.tensor->ndim - 1;
-  if (a.size(last) > 1 && a.stride[last] != 1)
-    fail(a.name, " must have stride 1 along its last dimension, got ", a.stride[last], " (",
-         show(*a.tensor), "): pass a contiguous copy");
-}
-
-void require_writable_layout(const Arg& a) {
-  for (int d = 0; d < a.tensor->ndim; ++d)
-    if (a.size(d) > 1 && a.stride[d] == 0)
-      fail(a.name, " is an output but dimension ", d, " has stride 0, so its rows overlap (",
-           show(*a.tensor), ")");
-}
-
-void require_device(const Problem& p, const Arg& a) {
-  int const type = device_type_of(*a.tensor);
-  int const id = a.tensor->device.device_id;
-  if (type != p.device_type || (type != kDLCPU && id != p.device_id))
-    fail(a.name, " is on ", device_name(type, id), " but q is on ",
-         device_name(p.device_type, p.device_id), ": all tensors of a call share one device");
-}
 
 // ---- the pieces of a call -----------------------------------------------------------------------
 
@@ -255,7 +105,7 @@ Scores read_scores(const char* name, const DLTensor* tensor, const Problem& p) {
 // A small int32 or float32 vector on q's device.
 const void* read_vector(const char* name, const DLTensor* tensor, int64_t size, int code, int bits,
                         const Problem& p) {
-  Arg const a = read(name, tensor, 1, text("of size ", size).c_str());
+  Arg const a = read(name, tensor, 1, "(one entry each)");
   require_device(p, a);
   if (!is_type(a.tensor->dtype, code, bits))
     fail(name, " must be ", type_name({static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1}),
