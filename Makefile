@@ -85,8 +85,10 @@ test-abi: build/.wheel ## the same wheel on every other Python there is
 	scripts/check_abi.sh dist/flashcore_attention-*.whl
 
 sanitize: .venv/.ready ## C++ tests of the CPU core under address and undefined-behaviour sanitizers
-	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHCORE_CUDA=off \
-	  -DFLASHCORE_TESTS=ON -DFLASHCORE_SANITIZE=address,undefined > build/sanitize.log
+	@mkdir -p build
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	  -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DFLASHCORE_CUDA=off -DFLASHCORE_TESTS=ON \
+	  -DFLASHCORE_SANITIZE=address,undefined > build/sanitize.log
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure --output-junit $(CURDIR)/build/sanitize.xml
 

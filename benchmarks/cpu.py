@@ -66,15 +66,18 @@ def run(options: argparse.Namespace) -> None:
         "peaks": cpu_peaks(),
         "cells": cells,
     }
+    save(result, options.out / options.name)
     if not options.no_side_effects:
         result |= side_effects.measure()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / options.name
+        save(result, options.out / options.name)
+    print(markdown(result))
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    report = markdown(result)
-    path.with_suffix(".md").write_text(report, encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     plots.cpu(result, path.with_suffix(".png"))
-    print(report)
 
 
 def record(p: Problem, direction: str, threads: int, peer: str, s: Sample) -> Cell:

@@ -1,6 +1,9 @@
 #include "bindings/allocate.h"
 
+#include <cstring>
 #include <new>
+
+#include "common/types.h"
 
 namespace flashcore::python {
 namespace {
@@ -49,6 +52,11 @@ nb::object exchange_empty(const Session& session, const char* name, Shape shape,
   if (status != 0)
     throw Refusal("DeviceError", text("[", session.call, "] ", name, " could not be allocated by ",
                                       type_text(session.like), ": ", failure));
+  if (zero) {
+    size_t bytes = dtype.bits / 8;
+    for (int64_t n : shape) bytes *= static_cast<size_t>(n);
+    std::memset(static_cast<char*>(made->dl_tensor.data) + made->dl_tensor.byte_offset, 0, bytes);
+  }
   void* object = nullptr;
   if (table.to_object(made, &object) != 0) throw nb::python_error();
   return nb::steal(static_cast<PyObject*>(object));
@@ -110,7 +118,9 @@ nb::object Output::take(const Session& session) {
 Workspace::Workspace(const Session& session, size_t bytes) {
   if (bytes == 0) return;
   if (session.device.device_type == kDLCPU) {
-    host_.reset(::operator new(bytes, std::align_val_t{FLASHCORE_WORKSPACE_ALIGNMENT}));
+    host_.reset(std::aligned_alloc(FLASHCORE_WORKSPACE_ALIGNMENT,
+                                   round_up<size_t>(bytes, FLASHCORE_WORKSPACE_ALIGNMENT)));
+    if (!host_) throw std::bad_alloc();
     data_ = host_.get();
     return;
   }

@@ -1,5 +1,6 @@
 // Outputs and workspaces, made by the framework that q came from.
 #pragma once
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -37,9 +38,7 @@ class Workspace {
 
  private:
   struct Free {
-    void operator()(void* p) const {
-      ::operator delete(p, std::align_val_t{FLASHCORE_WORKSPACE_ALIGNMENT});
-    }
+    void operator()(void* p) const { std::free(p); }
   };
   std::unique_ptr<void, Free> host_;
   nb::object array_;

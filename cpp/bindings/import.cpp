@@ -121,8 +121,10 @@ nb::object raw_stream_as_dlpack(void* stream) {
   return nb::int_(value == 0 ? uintptr_t{1} : value);  // DLPack writes the legacy stream as 1
 }
 
-void* cupy_current_stream() {
-  nb::object const stream = nb::module_::import_("cupy").attr("cuda").attr("get_current_stream")();
+void* cupy_current_stream(nb::handle array) {
+  nb::object const device = array.attr("device").attr("id");
+  nb::object const stream =
+      nb::module_::import_("cupy").attr("cuda").attr("get_current_stream")(device);
   return reinterpret_cast<void*>(nb::cast<uintptr_t>(stream.attr("ptr")));
 }
 
@@ -158,7 +160,7 @@ void Tensor::import_lead(nb::handle object, const char* name, Session& session, 
   session.lead = &array_type(object);
   session.like = object;
   if (session.lead->family == Family::cupy && !session.stream_given)
-    session.stream = cupy_current_stream();
+    session.stream = cupy_current_stream(object);
   import(object, name, session, access);
   session.device = tensor_.device;
   if (session.lead->exchange && session.cuda() && !session.stream_given &&
@@ -238,7 +240,8 @@ void Tensor::call_dlpack(const Where& where, const TypeInfo& info, nb::handle st
   nb::object const object = nb::borrow(where.object);
   nb::object capsule;
   auto produce = [&] {
-    static PyObject* const version = nb::make_tuple(1, 3).release().ptr();
+    static PyObject* version = nullptr;  // no initialiser: see Call::read_inputs
+    if (!version) version = nb::make_tuple(1, 3).release().ptr();
     nb::object const method = object.attr("__dlpack__");
     if (info.max_version)
       return stream

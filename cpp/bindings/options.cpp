@@ -139,8 +139,12 @@ void Call::read_inputs(nb::handle q_array, nb::handle k_array, nb::handle v_arra
   args.v = v.get();
   // Workers that told torch to use one thread mean all of the process, not only torch.
   if (session.lead->family == Family::torch && !session.cuda()) {
-    static PyObject* const get_num_threads =
-        nb::object(nb::module_::import_("torch").attr("get_num_threads")).release().ptr();
+    // Not a static with an initialiser: Python may switch threads inside it, and the guard of such
+    // a static is a lock that the next thread would wait for with the GIL in its hands.
+    static PyObject* get_num_threads = nullptr;
+    if (!get_num_threads)
+      get_num_threads =
+          nb::object(nb::module_::import_("torch").attr("get_num_threads")).release().ptr();
     args.num_threads = nb::cast<int32_t>(nb::handle(get_num_threads)());
   }
 }
@@ -192,7 +196,8 @@ void Call::read_block_mask(nb::handle value) {
   block_mask_.block_k = narrow(session.call, "block_mask.block[1]",
                                read_int(session.call, "block_mask.block[1]", nb::object(block[1])));
   auto array = [&](Tensor& tensor, const char* name, const char* attribute) {
-    return read_array(tensor, name, nb::object(value.attr(attribute)));
+    block_mask_arrays_.emplace_back(value.attr(attribute));
+    return read_array(tensor, name, block_mask_arrays_.back());
   };
   block_mask_.kv_num_blocks = array(kv_num_blocks_, "block_mask.kv_num_blocks", "kv_num_blocks");
   block_mask_.kv_indices = array(kv_indices_, "block_mask.kv_indices", "kv_indices");

@@ -1,5 +1,7 @@
 // The keyword options of a call, read from Python into the C argument structure.
 #pragma once
+#include <vector>
+
 #include "bindings/import.h"
 
 namespace flashcore::python {
@@ -34,6 +36,7 @@ struct Call {
   double scale_;
   int64_t window_left_, window_right_, q_offset_, rng_[2];
   flashcore_block_mask block_mask_;
+  std::vector<nb::object> block_mask_arrays_;  // a borrowed array must outlive the call
   Tensor q_offset_tensor_, alibi_slopes_, mask_, rng_tensor_;
   Tensor kv_num_blocks_, kv_indices_, q_num_blocks_, q_indices_;
   Tensor cu_seqlens_q_, cu_seqlens_k_, seqlens_q_, seqlens_k_;

@@ -61,16 +61,18 @@ struct DecodeShape {
 template <class E>
 struct DecodeTiles {
   using T = Real<E>;
+  using U = Operand<E>;
   static constexpr int kChunk =
       256;  // keys at a time: K and V of it stay in the second-level cache
   int64_t ldq, ldo;
-  T *q, *s, *o, *row_max, *row_sum, *correction;
+  U* q;
+  T *s, *o, *row_max, *row_sum, *correction;
 
   DecodeTiles(const Problem& p, Arena& arena) {
     constexpr int lanes = kLanes<T>;
-    ldq = round_up<int64_t>(p.head_dim, lanes);
+    ldq = round_up<int64_t>(ceil_div<int64_t>(p.head_dim, kPerUnit<U>), lanes);
     ldo = round_up<int64_t>(p.head_dim_v, lanes);
-    q = arena.take<T>(kDecodeRows * ldq);
+    q = arena.take<U>(kDecodeRows * ldq);
     s = arena.take<T>(kDecodeRows * kChunk);
     o = arena.take<T>(kDecodeRows * ldo);
     row_max = arena.take<T>(kStripState);
@@ -111,10 +113,11 @@ FC_INLINE Vec<Real<E>> load_part(const E* row, int64_t n) {
 
 // s[r * lds + j] = q[r] . k[j] for R rows and `count` keys. R divides kLanes, so that the products
 // of R rows with kLanes / R keys fill one vector.
-template <int R, class E>
-[[gnu::noinline]] void dot_rows(const Real<E>* q, int64_t ldq, const E* k, int64_t stride,
-                                int count, int64_t head_dim, Real<E>* s, int64_t lds) {
+template <int R, class U, class E>
+[[gnu::noinline]] void dot_rows(const U* q, int64_t ldq, const E* k, int64_t stride, int count,
+                                int64_t head_dim, Real<E>* s, int64_t lds) {
   using T = Real<E>;
+  constexpr int kStep = kLanes<T> * kPerUnit<U>;
   constexpr int kKeys = kLanes<T> / R;
   for (int j = 0; j < count; j += kKeys) {
     const E* row[kKeys];
@@ -125,13 +128,15 @@ template <int R, class E>
     auto const step = [&]<bool kWhole>(int64_t c) {
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
-        Vec<T> const x = load_part<kWhole>(row[i] + c, head_dim - c);
+        auto const x = units_along<U>(row[i] + c, kWhole ? kStep : head_dim - c);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r * kKeys + i] += load(q + r * ldq + c) * x;
+        for (int r = 0; r < R; ++r)
+          acc[r * kKeys + i] =
+              dot_add(acc[r * kKeys + i], load_unit(q + r * ldq + c / kPerUnit<U>), x);
       }
     };
     int64_t c = 0;
-    for (; c + kLanes<T> <= head_dim; c += kLanes<T>) step.template operator()<true>(c);
+    for (; c + kStep <= head_dim; c += kStep) step.template operator()<true>(c);
     if (c < head_dim) step.template operator()<false>(c);
     alignas(64) T sums[kLanes<T>];
     store(sums, reduce_each<T>(acc));
@@ -285,7 +290,7 @@ class DecodeTask {
   };
 
   void start_rows() {
-    for (int64_t i = 0; i < kDecodeRows * t_.ldq; ++i) t_.q[i] = 0;
+    for (int64_t i = 0; i < kDecodeRows * t_.ldq; ++i) t_.q[i] = {};
     for (int r = 0; r < rows_; ++r) {
       const E* row = row_of<E>(p_.q, ctx_.batch, head_[r], ctx_.seq.q_begin + index_[r]);
       pack_rows(row, 0, 1, p_.head_dim, t_.q + r * t_.ldq, t_.ldq);

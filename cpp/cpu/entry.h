@@ -17,7 +17,7 @@ struct Work {
   static constexpr int kMaxPhases = 4;
   int phases = 1;
   int64_t tasks[kMaxPhases] = {};
-  size_t shared_bytes = 0;   // one block per call, zero on entry to no phase
+  size_t shared_bytes = 0;   // one block per call, not initialised
   size_t scratch_bytes = 0;  // one block per thread; its contents do not outlive a task
   int num_splits = 1;
 };

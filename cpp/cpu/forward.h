@@ -238,7 +238,7 @@ class ForwardTask {
     }
   }
 
-  // P of row r, from column c (a multiple of kTileN vectors, where its strip began).
+  // P of row r from column `from` on, where its strip began.
   const U* probabilities(int r, int64_t from) const {
     return reinterpret_cast<const U*>(t_.s + r * t_.block_n + from);
   }

@@ -57,14 +57,29 @@ def numpy_allocator() -> Allocator:
     return allocate
 
 
+class _RawStream:
+    """A raw stream in the form of the CUDA stream protocol."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self.stream)
+
+
 def cupy_allocator() -> Allocator:
     import cupy
+
+    def on_stream(stream: int, device_id: int) -> Any:
+        if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
+            return cupy.cuda.Stream.from_external(_RawStream(stream))
+        return cupy.cuda.ExternalStream(stream, device_id)
 
     def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
         with contextlib.ExitStack() as scope:
             scope.enter_context(like.device)
             if stream is not None:
-                scope.enter_context(cupy.cuda.ExternalStream(stream, like.device.id))
+                scope.enter_context(on_stream(stream, like.device.id))
             if shape is None:
                 return cupy.zeros_like(like) if zero else cupy.empty_like(like)
             return (cupy.zeros if zero else cupy.empty)(shape, _numpy_dtype(dtype))

@@ -7,7 +7,7 @@ One (batch, head) at a time, whole N x N matrices, no tiling, no tricks. Symbols
     O = (keep * P / (1 - p)) V
 
     dV = (keep * P / (1 - p))^T dO                    dP = keep / (1 - p) * (dO V^T)
-    dS = P * (dP - delta + dlse)                      delta = rowsum(O * dO), which is rowsum(P * dP)
+    dS = P * (dP - delta + dlse)                      delta = rowsum(O * dO) = rowsum(P * dP)
     dQ = scale dS K,  dK = scale dS^T Q               (dS passed back through softcap)
 
 An excluded key is removed, not multiplied by zero, so a NaN there cannot matter.
@@ -15,7 +15,8 @@ An excluded key is removed, not multiplied by zero, so a NaN there cannot matter
 
 from __future__ import annotations
 
-from typing import Any, Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,14 +52,17 @@ def attention(q, k, v, *, precision: Any = np.float64, **options) -> Result:
     return Result(problem.from_bshd(out), lse, max_logits)
 
 
-def attention_backward(dout, q, k, v, *, dlse=None, precision: Any = np.float64,
-                       **options) -> Grads:
+def attention_backward(
+    dout, q, k, v, *, dlse=None, precision: Any = np.float64, **options
+) -> Grads:
     """Gradients of sum(dout * out) + sum(dlse * lse)."""
     problem = _Problem(q, k, v, precision, options)
     dout = problem.to_bshd(dout)
     dq, dk, dv = (np.zeros(x.shape, problem.dtype) for x in (problem.q, problem.k, problem.v))
-    dbias, dsinks = (None if x is None else np.zeros(np.shape(x), problem.dtype)
-                     for x in (options.get("bias"), options.get("sinks")))
+    dbias, dsinks = (
+        None if x is None else np.zeros(np.shape(x), problem.dtype)
+        for x in (options.get("bias"), options.get("sinks"))
+    )
     for h in problem.heads():
         s_slope, p, row_lse, _ = _softmax(h)
         do = dout[h.at_q]
@@ -66,8 +70,11 @@ def attention_backward(dout, q, k, v, *, dlse=None, precision: Any = np.float64,
         dp = h.keep * _outer(do, h.v, h.visible)
         o = problem.round(_dot(problem.round(p * h.keep), h.v, h.visible))
         delta = np.where(seen, (o * do).sum(axis=1), 0)
-        slope = np.zeros(len(delta)) if dlse is None else np.where(
-            np.isfinite(row_lse), dlse[h.at_row].astype(problem.dtype), 0)
+        slope = (
+            np.zeros(len(delta))
+            if dlse is None
+            else np.where(np.isfinite(row_lse), dlse[h.at_row].astype(problem.dtype), 0)
+        )
         ds = p * (dp + (slope - delta)[:, None])
         dv[h.at_k] += _dot(problem.round(p * h.keep).T, do, h.visible.T)
         if dbias is not None:
@@ -124,9 +131,9 @@ def _add_broadcast(dbias, h, ds):
 class _Head(NamedTuple):
     batch: int
     head: int
-    at_q: tuple      # where this head's rows are in a (B, S, H, D) or (total, H, D) tensor
+    at_q: tuple  # where this head's rows are in a (B, S, H, D) or (total, H, D) tensor
     at_k: tuple
-    at_row: tuple    # where they are in lse
+    at_row: tuple  # where they are in lse
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
@@ -137,7 +144,7 @@ class _Head(NamedTuple):
     bias: Any
     sink: float
     visible: np.ndarray
-    keep: Any             # 1 / (1 - p) where dropout keeps, 0 where it drops
+    keep: Any  # 1 / (1 - p) where dropout keeps, 0 where it drops
 
 
 class _Problem:
@@ -222,13 +229,25 @@ class _Problem:
                 if o.get("sinks") is not None:
                     sink = self.dtype.type(o["sinks"][h])
                 yield _Head(
-                    b, h, at_q, at_k, (h, rows) if self.packed else (b, h, rows),
-                    self.q[at_q], self.k[at_k], self.v[at_k], self.dtype.type(scale),
-                    self.dtype.type(o.get("softcap", 0.0)), self.dtype.type(slope),
-                    (i + offset - j).astype(self.dtype), bias, sink,
+                    b,
+                    h,
+                    at_q,
+                    at_k,
+                    (h, rows) if self.packed else (b, h, rows),
+                    self.q[at_q],
+                    self.k[at_k],
+                    self.v[at_k],
+                    self.dtype.type(scale),
+                    self.dtype.type(o.get("softcap", 0.0)),
+                    self.dtype.type(slope),
+                    (i + offset - j).astype(self.dtype),
+                    bias,
+                    sink,
                     self.visible(b, h, i, j, i + offset),
-                    self.dtype.type(1) if not p_drop else
-                    keep[0, h].astype(self.dtype) / self.dtype.type(1 - p_drop))
+                    self.dtype.type(1)
+                    if not p_drop
+                    else keep[0, h].astype(self.dtype) / self.dtype.type(1 - p_drop),
+                )
 
 
 def _pick(x, b, h, rows, keys):

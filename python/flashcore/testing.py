@@ -24,15 +24,44 @@ import numpy as np
 
 from flashcore import reference
 
-__all__ = ["assert_close_to_reference", "assert_grads_close_to_reference", "assert_within_rule",
-           "to_numpy"]
+__all__ = [
+    "assert_close_to_reference",
+    "assert_grads_close_to_reference",
+    "assert_within_rule",
+    "to_numpy",
+]
 
 # Options of flashcore.attention that do not change the mathematical result.
-_VALUE_FREE = ("max_seqlen_q", "max_seqlen_k", "num_splits", "split_size", "deterministic", "out",
-               "out_dtype", "return_lse", "return_max_logits", "stream", "accumulate",
-               "dq", "dk", "dv", "dbias", "dsinks")
-_ARRAYS = ("q_offset", "alibi_slopes", "bias", "mask", "sinks", "rng", "cu_seqlens_q",
-           "cu_seqlens_k", "seqlens_q", "seqlens_k")
+_VALUE_FREE = (
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "num_splits",
+    "split_size",
+    "deterministic",
+    "out",
+    "out_dtype",
+    "return_lse",
+    "return_max_logits",
+    "stream",
+    "accumulate",
+    "dq",
+    "dk",
+    "dv",
+    "dbias",
+    "dsinks",
+)
+_ARRAYS = (
+    "q_offset",
+    "alibi_slopes",
+    "bias",
+    "mask",
+    "sinks",
+    "rng",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqlens_q",
+    "seqlens_k",
+)
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -70,13 +99,15 @@ def assert_close_to_reference(result: Any, q: Any, k: Any, v: Any, **options: An
             assert_within_rule(name, to_numpy(got), getattr(exact, name), getattr(same, name))
 
 
-def assert_grads_close_to_reference(grads: Any, dout: Any, q: Any, k: Any, v: Any, *,
-                                    dlse: Any = None, **options: Any) -> None:
+def assert_grads_close_to_reference(
+    grads: Any, dout: Any, q: Any, k: Any, v: Any, *, dlse: Any = None, **options: Any
+) -> None:
     """Checks what flashcore.attention_backward(dout, q, k, v, out, lse, **options) returned."""
     dout, q, k, v, dlse = (to_numpy(x) for x in (dout, q, k, v, dlse))
     options = _for_reference(options)
-    exact = reference.attention_backward(dout, q, k, v, dlse=dlse, precision=_exact(q.dtype),
-                                         **options)
+    exact = reference.attention_backward(
+        dout, q, k, v, dlse=dlse, precision=_exact(q.dtype), **options
+    )
     same = reference.attention_backward(dout, q, k, v, dlse=dlse, precision=q.dtype, **options)
     terms = float(np.max(np.abs(np.nan_to_num(dout.astype(np.float64))), initial=0))
     for name, got in zip(reference.Grads._fields, grads):
@@ -86,8 +117,9 @@ def assert_grads_close_to_reference(grads: Any, dout: Any, q: Any, k: Any, v: An
             assert_within_rule(name, got, expected, _rounded(plain, got.dtype), terms)
 
 
-def assert_within_rule(name: str, got: np.ndarray, exact: np.ndarray, same: np.ndarray,
-                       terms: float = 0.0) -> None:
+def assert_within_rule(
+    name: str, got: np.ndarray, exact: np.ndarray, same: np.ndarray, terms: float = 0.0
+) -> None:
     """max|got - exact| <= 2 max|same - exact| + floor; infinities must be equal.
 
     terms: the size of the terms that were summed, if they may be larger than the result.
@@ -114,7 +146,8 @@ def assert_within_rule(name: str, got: np.ndarray, exact: np.ndarray, same: np.n
             f"{name} {got.dtype}: error {float(error[worst]):.3e} > {limit:.3e} "
             f"= {factor} x {float(allowed):.3e} (same precision) + {floor:.3e} (floor). Worst at "
             f"{tuple(int(n) for n in worst)}: got {got[worst]}, exact {exact[worst]:.8g}; "
-            f"{int((error > limit).sum())} of {error.size} elements are outside")
+            f"{int((error > limit).sum())} of {error.size} elements are outside"
+        )
 
 
 def _for_reference(options: dict[str, Any]) -> dict[str, Any]:

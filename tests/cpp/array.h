@@ -60,8 +60,7 @@ struct Array {
 
 // Memory aligned as a workspace must be.
 struct Workspace {
-  explicit Workspace(uint64_t n)
-      : bytes(n), memory(n + FLASHCORE_WORKSPACE_ALIGNMENT) {}
+  explicit Workspace(uint64_t n) : bytes(n), memory(n + FLASHCORE_WORKSPACE_ALIGNMENT) {}
   void* data() {
     auto const at = reinterpret_cast<uintptr_t>(memory.data());
     auto const a = uintptr_t{FLASHCORE_WORKSPACE_ALIGNMENT};

@@ -63,18 +63,18 @@ inline int run() {
   do {                                                               \
     if (!(condition)) check::failed(__FILE__, __LINE__, #condition); \
   } while (0)
-#define CHECK_EQ(a, b)                                                                      \
-  do {                                                                                      \
-    auto const& check_a = (a);                                                              \
-    auto const& check_b = (b);                                                              \
-    if (!(check_a == check_b))                                                              \
-      check::failed(__FILE__, __LINE__, check::differ(#a " == " #b, check_a, check_b));     \
+#define CHECK_EQ(a, b)                                                                  \
+  do {                                                                                  \
+    auto const& check_a = (a);                                                          \
+    auto const& check_b = (b);                                                          \
+    if (!(check_a == check_b))                                                          \
+      check::failed(__FILE__, __LINE__, check::differ(#a " == " #b, check_a, check_b)); \
   } while (0)
 // The text must contain the part.
-#define CHECK_CONTAINS(text, part)                                                          \
-  do {                                                                                      \
-    std::string const check_text = (text);                                                  \
-    if (check_text.find(part) == std::string::npos)                                         \
-      check::failed(__FILE__, __LINE__,                                                     \
+#define CHECK_CONTAINS(text, part)                                                           \
+  do {                                                                                       \
+    std::string const check_text = (text);                                                   \
+    if (check_text.find(part) == std::string::npos)                                          \
+      check::failed(__FILE__, __LINE__,                                                      \
                     check::differ("contains", "\"" + check_text + "\"", std::string(part))); \
   } while (0)

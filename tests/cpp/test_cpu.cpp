@@ -37,17 +37,28 @@ struct Problem {
   flashcore_attention_backward_args backward{};
 
   Problem(Shape shape, Options options, unsigned seed)
-      : s(shape), o(options),
+      : s(shape),
+        o(options),
         q({s.batch, s.seqlen_q, s.heads, s.head_dim}),
         k({s.batch, s.seqlen_k, s.heads_kv, s.head_dim}),
         v({s.batch, s.seqlen_k, s.heads_kv, s.head_dim_v}),
         out({s.batch, s.seqlen_q, s.heads, s.head_dim_v}, T(-7)),
         dout({s.batch, s.seqlen_q, s.heads, s.head_dim_v}),
-        dq(q.shape, T(-7)), dk(k.shape, T(-7)), dv(v.shape, T(-7)),
-        lse({s.batch, s.heads, s.seqlen_q}, T(-7)), max_logits(lse.shape, T(-7)),
-        dlse(lse.shape), bias({s.batch, s.heads, s.seqlen_q, s.seqlen_k}), dbias(bias.shape, T(-7)),
-        slopes({s.heads}), sinks({s.heads}), dsinks({s.heads}, -7),
-        mask(bias.shape, 1), keep(bias.shape, 1), lengths_q({s.batch}), lengths_k({s.batch}) {
+        dq(q.shape, T(-7)),
+        dk(k.shape, T(-7)),
+        dv(v.shape, T(-7)),
+        lse({s.batch, s.heads, s.seqlen_q}, T(-7)),
+        max_logits(lse.shape, T(-7)),
+        dlse(lse.shape),
+        bias({s.batch, s.heads, s.seqlen_q, s.seqlen_k}),
+        dbias(bias.shape, T(-7)),
+        slopes({s.heads}),
+        sinks({s.heads}),
+        dsinks({s.heads}, -7),
+        mask(bias.shape, 1),
+        keep(bias.shape, 1),
+        lengths_q({s.batch}),
+        lengths_k({s.batch}) {
     std::mt19937 engine(seed);
     for (auto* x : {&q, &k, &v, &dout, &dlse, &bias}) x->randomise(engine);
     sinks.randomise(engine);
@@ -134,8 +145,7 @@ struct Problem {
           double delta = 0;
           for (size_t n = 0; n < keys.size(); ++n) {
             p.push_back(std::exp(score[n] - row_lse));
-            double const kept =
-                p_drop > 0 ? keep.at({b, h, i, keys[n]}) / (1 - p_drop) : 1.0;
+            double const kept = p_drop > 0 ? keep.at({b, h, i, keys[n]}) / (1 - p_drop) : 1.0;
             double x = 0;
             for (int64_t d = 0; d < s.head_dim_v; ++d) {
               x += static_cast<double>(dout.at({b, i, h, d})) * v.at({b, keys[n], g, d});
@@ -185,9 +195,9 @@ struct Problem {
 };
 
 constexpr Shape kShapes[] = {
-    {1, 1, 1, 1, 1, 1, 1},   {2, 5, 7, 2, 1, 8, 8},      {1, 1, 130, 4, 2, 64, 64},
+    {1, 1, 1, 1, 1, 1, 1},     {2, 5, 7, 2, 1, 8, 8},      {1, 1, 130, 4, 2, 64, 64},
     {1, 70, 67, 2, 2, 33, 17}, {2, 130, 40, 3, 1, 16, 24}, {1, 3, 300, 1, 1, 5, 9},
-    {1, 17, 0, 2, 1, 8, 8},  {0, 4, 4, 1, 1, 8, 8},      {1, 0, 5, 1, 1, 8, 8},
+    {1, 17, 0, 2, 1, 8, 8},    {0, 4, 4, 1, 1, 8, 8},      {1, 0, 5, 1, 1, 8, 8},
 };
 
 template <class T>
@@ -216,8 +226,15 @@ TEST("sinks, where rows may see nothing") { all({.causal = true, .sinks = true})
 TEST("padded lengths") { all({.causal = true, .lengths = true}); }
 TEST("dropout") { all({.dropout_p = 0.3}); }
 TEST("everything at once") {
-  all({.causal = true, .window_left = 20, .softcap = 2, .alibi = true, .bias = true, .mask = true,
-       .sinks = true, .lengths = true, .dropout_p = 0.2});
+  all({.causal = true,
+       .window_left = 20,
+       .softcap = 2,
+       .alibi = true,
+       .bias = true,
+       .mask = true,
+       .sinks = true,
+       .lengths = true,
+       .dropout_p = 0.2});
 }
 
 TEST("16-bit inputs: one key gives its value back, and a workspace too small is refused") {

@@ -77,20 +77,23 @@ TEST("the bits depend on every one of seed, offset, batch, head, i and j") {
   };
   int const enough = 4096 - 8;  // 16-bit numbers collide once in 65536
   CHECK(differing([](auto i, auto j, auto x) {
-          return dropout_bits(dropout_key(5u + x, 9), 0, 0, i, j); }) > enough);
+          return dropout_bits(dropout_key(5u + x, 9), 0, 0, i, j);
+        }) > enough);
   CHECK(differing([](auto i, auto j, auto x) {
-          return dropout_bits(dropout_key(5, 9u + x), 0, 0, i, j); }) > enough);
+          return dropout_bits(dropout_key(5, 9u + x), 0, 0, i, j);
+        }) > enough);
   CHECK(differing([](auto i, auto j, uint64_t x) {
-          return dropout_bits(dropout_key(x << 32, x << 40), 0, 0, i, j); }) > enough);
+          return dropout_bits(dropout_key(x << 32, x << 40), 0, 0, i, j);
+        }) > enough);
   DropoutKey const key = dropout_key(5, 9);
-  CHECK(differing([&](auto i, auto j, uint32_t x) {
-          return dropout_bits(key, x, 0, i, j); }) > enough);
-  CHECK(differing([&](auto i, auto j, uint32_t x) {
-          return dropout_bits(key, 0, x, i, j); }) > enough);
-  CHECK(differing([&](auto i, auto j, uint32_t x) {
-          return dropout_bits(key, 0, 0, i + x, j); }) > enough);
-  CHECK(differing([&](auto i, auto j, uint32_t x) {
-          return dropout_bits(key, 0, 0, i, j + x); }) > enough);
+  CHECK(differing([&](auto i, auto j, uint32_t x) { return dropout_bits(key, x, 0, i, j); }) >
+        enough);
+  CHECK(differing([&](auto i, auto j, uint32_t x) { return dropout_bits(key, 0, x, i, j); }) >
+        enough);
+  CHECK(differing([&](auto i, auto j, uint32_t x) { return dropout_bits(key, 0, 0, i + x, j); }) >
+        enough);
+  CHECK(differing([&](auto i, auto j, uint32_t x) { return dropout_bits(key, 0, 0, i, j + x); }) >
+        enough);
 }
 
 TEST("the bits are uniform: mean, each bit, and neighbours uncorrelated") {

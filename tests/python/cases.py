@@ -1,4 +1,4 @@
-"""The named problems that every kernel is tested on. A case is data; its reason says why it is here."""
+"""The problems that every kernel is tested on: named data, each with the reason it is here."""
 
 from __future__ import annotations
 
@@ -79,13 +79,16 @@ class Case:
         """q, k, v, dout, dlse."""
         rng = np.random.default_rng(seed)
         dv = self.dv or self.d
-        make = lambda rows, heads, dim: self._tensor(rng, rows, heads, dim)  # noqa: E731
+        make = lambda rows, heads, dim: self._tensor(rng, rows, heads, dim)
         q = make("q", self.h[0], self.d)
         k = make("k", self.h[1], self.d)
         v = make("k", self.h[1], dv)
         dout = make("q", self.h[0], dv)
-        stats = (self.h[0], sum(self.packed_q)) if self.packed_q is not None else (
-            self.b, self.h[0], self.q)
+        stats = (
+            (self.h[0], sum(self.packed_q))
+            if self.packed_q is not None
+            else (self.b, self.h[0], self.q)
+        )
         lse_dtype = np.float64 if self.dtype == "f64" else np.float32
         dlse = rng.standard_normal(stats).astype(lse_dtype)
         return {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
@@ -96,8 +99,9 @@ class Case:
             shape: tuple[int, ...] = (sum(lengths), heads, dim)
         else:
             rows = self.q if which == "q" else self.k
-            shape = (self.b, rows, heads, dim) if self.layout == "bshd" else (
-                self.b, heads, rows, dim)
+            shape = (
+                (self.b, rows, heads, dim) if self.layout == "bshd" else (self.b, heads, rows, dim)
+            )
         x = rng.standard_normal(shape).astype(self.np_dtype)
         if self.strides == "permuted" and len(shape) == 4:
             return np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3)
@@ -117,8 +121,11 @@ class Case:
         if self.window != (None, None):
             o["window_size"] = self.window
         if self.q_offset is not None:
-            o["q_offset"] = self.q_offset if isinstance(self.q_offset, int) else np.array(
-                self.q_offset, np.int32)
+            o["q_offset"] = (
+                self.q_offset
+                if isinstance(self.q_offset, int)
+                else np.array(self.q_offset, np.int32)
+            )
         if self.alibi:
             shape = (self.batch,) * (self.alibi == "bh") + (self.h[0],)
             o["alibi_slopes"] = rng.uniform(0.01, 0.5, shape).astype(np.float32)
@@ -206,8 +213,12 @@ OPTIONS = [
     Case("block mask with odd blocks and causal", blocks=(24, 40), causal=True),
     Case("dropout", dropout=0.2),
     Case("padded keys", lengths_k=(203, 7)),
-    Case("padded rows and keys, bottom-right of the valid part", causal=True,
-         lengths_q=(113, 5), lengths_k=(60, 203)),
+    Case(
+        "padded rows and keys, bottom-right of the valid part",
+        causal=True,
+        lengths_q=(113, 5),
+        lengths_k=(60, 203),
+    ),
     Case("a sequence of the batch is empty", lengths_q=(0, 113), lengths_k=(10, 0)),
     Case("a scale of one's own", scale=0.02),
     Case("negative scale: the smallest score wins", scale=-0.125),
@@ -221,41 +232,132 @@ OPTIONS = [
 ]
 
 COMBINATIONS = [
-    Case("all rules that exclude, at once", causal=True, window=(90, None), mask="bhqk",
-         lengths_k=(150, 203), blocks=(32, 32), h=(4, 2)),
+    Case(
+        "all rules that exclude, at once",
+        causal=True,
+        window=(90, None),
+        mask="bhqk",
+        lengths_k=(150, 203),
+        blocks=(32, 32),
+        h=(4, 2),
+    ),
     Case("all rules that move the score", softcap=3.0, alibi="h", bias="hqk", scale=0.3),
-    Case("everything", causal=True, window=(90, None), softcap=2.0, alibi="bh", bias="bhqk",
-         mask="qk", sinks=True, dropout=0.1, lengths_q=(100, 113), lengths_k=(203, 120),
-         h=(4, 2), dv=40, layout="bhsd"),
+    Case(
+        "everything",
+        causal=True,
+        window=(90, None),
+        softcap=2.0,
+        alibi="bh",
+        bias="bhqk",
+        mask="qk",
+        sinks=True,
+        dropout=0.1,
+        lengths_q=(100, 113),
+        lengths_k=(203, 120),
+        h=(4, 2),
+        dv=40,
+        layout="bhsd",
+    ),
     Case("dropout on causal with groups", dropout=0.5, causal=True, h=(4, 1)),
-    Case("softcap with sinks and rows that see nothing", softcap=2.0, sinks=True, causal=True,
-         q=100, k=40),
+    Case(
+        "softcap with sinks and rows that see nothing",
+        softcap=2.0,
+        sinks=True,
+        causal=True,
+        q=100,
+        k=40,
+    ),
     Case("mask that hides whole rows, with bias", mask="hq", bias="k"),
-    Case("bf16 with bias, mask and softcap", dtype="bf16", bias="bhqk", mask="bk", softcap=5.0,
-         causal=True),
-    Case("bf16 with everything that excludes", dtype="bf16", causal=True, window=(64, None),
-         lengths_k=(203, 90), sinks=True, h=(4, 2)),
+    Case(
+        "bf16 with bias, mask and softcap",
+        dtype="bf16",
+        bias="bhqk",
+        mask="bk",
+        softcap=5.0,
+        causal=True,
+    ),
+    Case(
+        "bf16 with everything that excludes",
+        dtype="bf16",
+        causal=True,
+        window=(64, None),
+        lengths_k=(203, 90),
+        sinks=True,
+        h=(4, 2),
+    ),
     Case("f16 with alibi and dropout", dtype="f16", alibi="h", dropout=0.3, causal=True),
-    Case("f64 with everything that moves the score", dtype="f64", softcap=3.0, alibi="h",
-         bias="bqk", sinks=True, causal=True),
-    Case("bf16 padded and strided", dtype="bf16", strides="sliced", lengths_q=(20, 113),
-         lengths_k=(203, 64)),
+    Case(
+        "f64 with everything that moves the score",
+        dtype="f64",
+        softcap=3.0,
+        alibi="h",
+        bias="bqk",
+        sinks=True,
+        causal=True,
+    ),
+    Case(
+        "bf16 padded and strided",
+        dtype="bf16",
+        strides="sliced",
+        lengths_q=(20, 113),
+        lengths_k=(203, 64),
+    ),
 ]
 
 # Lengths around every tile edge anyone would use, and both ways round.
 LENGTHS = [
     Case("tile edges", dtype=dtype, q=q, k=k, d=32, causal=causal, b=1)
     for dtype in ("f32", "bf16")
-    for q, k in ((1, 1), (1, 64), (1, 1025), (2, 3), (15, 17), (16, 16), (63, 65), (64, 64),
-                 (65, 63), (127, 129), (128, 128), (129, 127), (257, 255))
+    for q, k in (
+        (1, 1),
+        (1, 64),
+        (1, 1025),
+        (2, 3),
+        (15, 17),
+        (16, 16),
+        (63, 65),
+        (64, 64),
+        (65, 63),
+        (127, 129),
+        (128, 128),
+        (129, 127),
+        (257, 255),
+    )
     for causal in (False, True)
 ]
 
 HEAD_DIMS = [
     Case("head dims of every remainder", dtype=dtype, b=1, q=37, k=53, d=d, causal=True)
     for dtype in ("f32", "bf16")
-    for d in (1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 33, 40, 48, 64, 80, 96, 100, 112, 127, 128, 129,
-              160, 192, 255, 256, 257, 300)
+    for d in (
+        1,
+        2,
+        3,
+        5,
+        8,
+        15,
+        16,
+        17,
+        24,
+        31,
+        33,
+        40,
+        48,
+        64,
+        80,
+        96,
+        100,
+        112,
+        127,
+        128,
+        129,
+        160,
+        192,
+        255,
+        256,
+        257,
+        300,
+    )
 ] + [
     Case("odd head dims in the other dtypes", dtype=dtype, b=1, q=37, k=53, d=d, dv=dv)
     for dtype in ("f16", "f64")
@@ -279,63 +381,128 @@ EMPTY = [
 ]
 
 VARLEN = [
-    Case("sequences of unlike lengths", packed_q=(5, 64, 130, 1), packed_k=(7, 64, 100, 90),
-         h=(4, 2)),
-    Case("causal, each sequence on its own diagonal", packed_q=(5, 64, 130, 1),
-         packed_k=(7, 64, 100, 90), h=(4, 2), causal=True),
+    Case(
+        "sequences of unlike lengths", packed_q=(5, 64, 130, 1), packed_k=(7, 64, 100, 90), h=(4, 2)
+    ),
+    Case(
+        "causal, each sequence on its own diagonal",
+        packed_q=(5, 64, 130, 1),
+        packed_k=(7, 64, 100, 90),
+        h=(4, 2),
+        causal=True,
+    ),
     Case("top-left", packed_q=(5, 64, 130), packed_k=(7, 64, 100), causal=True, align="top_left"),
     Case("bf16", dtype="bf16", packed_q=(5, 64, 130, 1), packed_k=(7, 64, 100, 90), causal=True),
     Case("f16, grouped by 7", dtype="f16", packed_q=(33, 20), packed_k=(33, 20), h=(7, 1)),
     Case("empty sequences between others", packed_q=(0, 9, 0, 3, 5), packed_k=(4, 9, 0, 0, 8)),
     Case("every sequence is empty", packed_q=(0, 0, 0), packed_k=(0, 0, 0)),
     Case("rows but no keys anywhere", packed_q=(3, 4), packed_k=(0, 0)),
-    Case("fewer rows than sequences, one row at most, grouped", packed_q=(1, 0, 0, 1, 0),
-         packed_k=(4, 2, 0, 6, 1), h=(8, 2)),
+    Case(
+        "fewer rows than sequences, one row at most, grouped",
+        packed_q=(1, 0, 0, 1, 0),
+        packed_k=(4, 2, 0, 6, 1),
+        h=(8, 2),
+    ),
     Case("one long and one short", packed_q=(500, 2), packed_k=(500, 300), causal=True),
     Case("no sequence", packed_q=(), packed_k=()),
-    Case("options per sequence", packed_q=(30, 41), packed_k=(50, 44), alibi="bh", sinks=True,
-         q_offset=(3, 9), causal=True, window=(20, None)),
-    Case("bias and mask indexed inside the sequence", packed_q=(30, 41), packed_k=(50, 44),
-         bias="bhqk", mask="qk"),
-    Case("dropout counts from the start of each sequence", packed_q=(30, 41), packed_k=(50, 44),
-         dropout=0.25),
+    Case(
+        "options per sequence",
+        packed_q=(30, 41),
+        packed_k=(50, 44),
+        alibi="bh",
+        sinks=True,
+        q_offset=(3, 9),
+        causal=True,
+        window=(20, None),
+    ),
+    Case(
+        "bias and mask indexed inside the sequence",
+        packed_q=(30, 41),
+        packed_k=(50, 44),
+        bias="bhqk",
+        mask="qk",
+    ),
+    Case(
+        "dropout counts from the start of each sequence",
+        packed_q=(30, 41),
+        packed_k=(50, 44),
+        dropout=0.25,
+    ),
 ]
 
 FORWARD = (
-    _each(_PLAIN, dtype=_ALL_DTYPES) + _each(_CAUSAL, dtype=_ALL_DTYPES) + OPTIONS + COMBINATIONS
-    + LENGTHS + HEAD_DIMS + GROUPS + EMPTY
+    _each(_PLAIN, dtype=_ALL_DTYPES)
+    + _each(_CAUSAL, dtype=_ALL_DTYPES)
+    + OPTIONS
+    + COMBINATIONS
+    + LENGTHS
+    + HEAD_DIMS
+    + GROUPS
+    + EMPTY
     + [Case("16-bit inputs, float32 result", dtype=t, out_dtype="f32") for t in ("bf16", "f16")]
     + [case.but(dtype="bf16") for case in OPTIONS[::3]]
 )
 
 BACKWARD = (
-    _each(_PLAIN, dtype=_ALL_DTYPES) + _each(_CAUSAL, dtype=_ALL_DTYPES) + OPTIONS + COMBINATIONS
-    + LENGTHS[::2] + LENGTHS[1::4] + HEAD_DIMS[::3] + GROUPS[::2] + EMPTY
+    _each(_PLAIN, dtype=_ALL_DTYPES)
+    + _each(_CAUSAL, dtype=_ALL_DTYPES)
+    + OPTIONS
+    + COMBINATIONS
+    + LENGTHS[::2]
+    + LENGTHS[1::4]
+    + HEAD_DIMS[::3]
+    + GROUPS[::2]
+    + EMPTY
     + [case.but(dtype="bf16") for case in OPTIONS[1::3]]
 )
 
 # What a first Hopper kernel takes: 16 bits, full or causal.
 SM90_HEAD_DIMS = tuple(range(8, 257, 8))
 SM90 = (
-    [Case("every head dim", dtype="bf16", b=1, q=200, k=200, d=d, causal=d % 16 == 0)
-     for d in SM90_HEAD_DIMS]
-    + [Case("the three tiles in full", dtype=t, q=300, k=300, d=d, causal=c)
-       for t in ("bf16", "f16") for d in (64, 128, 256) for c in (False, True)]
-    + [Case("tile edges", dtype="bf16", b=1, q=q, k=k, d=128, causal=c)
-       for q, k in ((1, 1), (1, 1000), (127, 129), (128, 128), (129, 127), (191, 177), (600, 64),
-                    (64, 600))
-       for c in (False, True)]
-    + [Case("query heads per key head", dtype="bf16", h=h, causal=True, d=64)
-       for h in ((4, 4), (4, 2), (8, 2), (8, 1), (7, 1))]
-    + [Case("top-left diagonal", dtype="bf16", q=q, k=k, d=128, causal=True, align="top_left")
-       for q, k in ((300, 170), (170, 300))]
-    + [Case("rows above the diagonal see nothing", dtype=t, q=400, k=130, d=d, causal=True)
-       for t in ("bf16", "f16") for d in (64, 128, 256)]
-    + [Case("heads before rows", dtype="bf16", layout="bhsd", h=(4, 2), d=128),
-       Case("strided by nothing a layout says", dtype="bf16", strides="permuted", h=(4, 2), d=128),
-       Case("a view into a larger tensor whose rest is NaN", dtype="bf16", strides="sliced", d=64),
-       Case("a scale of one's own", dtype="bf16", scale=0.02, d=128),
-       Case("no batch", dtype="bf16", b=0, d=128),
-       Case("no rows", dtype="bf16", q=0, d=128),
-       Case("no keys", dtype="bf16", k=0, d=128)]
+    [
+        Case("every head dim", dtype="bf16", b=1, q=200, k=200, d=d, causal=d % 16 == 0)
+        for d in SM90_HEAD_DIMS
+    ]
+    + [
+        Case("the three tiles in full", dtype=t, q=300, k=300, d=d, causal=c)
+        for t in ("bf16", "f16")
+        for d in (64, 128, 256)
+        for c in (False, True)
+    ]
+    + [
+        Case("tile edges", dtype="bf16", b=1, q=q, k=k, d=128, causal=c)
+        for q, k in (
+            (1, 1),
+            (1, 1000),
+            (127, 129),
+            (128, 128),
+            (129, 127),
+            (191, 177),
+            (600, 64),
+            (64, 600),
+        )
+        for c in (False, True)
+    ]
+    + [
+        Case("query heads per key head", dtype="bf16", h=h, causal=True, d=64)
+        for h in ((4, 4), (4, 2), (8, 2), (8, 1), (7, 1))
+    ]
+    + [
+        Case("top-left diagonal", dtype="bf16", q=q, k=k, d=128, causal=True, align="top_left")
+        for q, k in ((300, 170), (170, 300))
+    ]
+    + [
+        Case("rows above the diagonal see nothing", dtype=t, q=400, k=130, d=d, causal=True)
+        for t in ("bf16", "f16")
+        for d in (64, 128, 256)
+    ]
+    + [
+        Case("heads before rows", dtype="bf16", layout="bhsd", h=(4, 2), d=128),
+        Case("strided by nothing a layout says", dtype="bf16", strides="permuted", h=(4, 2), d=128),
+        Case("a view into a larger tensor whose rest is NaN", dtype="bf16", strides="sliced", d=64),
+        Case("a scale of one's own", dtype="bf16", scale=0.02, d=128),
+        Case("no batch", dtype="bf16", b=0, d=128),
+        Case("no rows", dtype="bf16", q=0, d=128),
+        Case("no keys", dtype="bf16", k=0, d=128),
+    ]
 )

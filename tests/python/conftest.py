@@ -49,8 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     reason = cuda_missing() if gpu else ""
     for item in gpu:
-        item.add_marker(pytest.mark.skip(reason=reason) if reason else
-                        pytest.mark.usefixtures("gpu_time_limit"))
+        item.add_marker(
+            pytest.mark.skip(reason=reason) if reason else pytest.mark.usefixtures("gpu_time_limit")
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

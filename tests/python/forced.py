@@ -1,6 +1,6 @@
 """Runs one kernel, forced, on the cases it takes. A program of its own: see test_kernels.py.
 
-    FLASHCORE_FORCE=cpu-avx2-fwd-float32 python forced.py cpu-avx2-fwd-float32
+FLASHCORE_FORCE=cpu-avx2-fwd-float32 python forced.py cpu-avx2-fwd-float32
 """
 
 from __future__ import annotations
@@ -33,8 +33,15 @@ CORE = [
     Case("an odd head dim", d=33, dv=17),
     Case("a window", window=(30, 2)),
     Case("everything that moves the score", softcap=2.0, alibi="h", bias="hqk", sinks=True),
-    Case("everything that excludes", causal=True, window=(90, None), mask="bhqk",
-         lengths_q=(113, 40), lengths_k=(60, 203), blocks=(32, 48)),
+    Case(
+        "everything that excludes",
+        causal=True,
+        window=(90, None),
+        mask="bhqk",
+        lengths_q=(113, 40),
+        lengths_k=(60, 203),
+        blocks=(32, 48),
+    ),
     Case("dropout", dropout=0.3, causal=True),
     Case("packed sequences", packed_q=(30, 0, 64, 1), packed_k=(40, 5, 64, 0), causal=True),
     Case("strides", strides="sliced", layout="bhsd"),
@@ -49,8 +56,11 @@ def cases_of(kernel: fc.Kernel) -> list[Case]:
     plain = ("causal", "align", "h", "b", "q", "k", "d", "dtype", "reason")
     taken = []
     for case in CORE:
-        special = any(getattr(case, f) != getattr(Case, f) for f in Case.__dataclass_fields__
-                      if f not in plain)
+        special = any(
+            getattr(case, f) != getattr(Case, f)
+            for f in Case.__dataclass_fields__
+            if f not in plain
+        )
         if kernel.mask != "any" and (special or case.causal != (kernel.mask == "causal")):
             continue
         if kernel.head_dim and (case.d > kernel.head_dim or case.d % 8):
@@ -78,10 +88,12 @@ def run(kernel: fc.Kernel, case: Case) -> None:
     exact = reference.attention(arrays["q"], arrays["k"], arrays["v"], **values)
     out = to_device(exact.out.astype(arrays["q"].dtype))
     lse = to_device(exact.lse.astype(arrays["dlse"].dtype))
-    grads = fc.attention_backward(to_device(arrays["dout"]), q, k, v, out, lse, **options,
-                                  dlse=to_device(arrays["dlse"]))
-    assert_grads_close_to_reference(grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"],
-                                    dlse=arrays["dlse"], **options)
+    grads = fc.attention_backward(
+        to_device(arrays["dout"]), q, k, v, out, lse, **options, dlse=to_device(arrays["dlse"])
+    )
+    assert_grads_close_to_reference(
+        grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"], dlse=arrays["dlse"], **options
+    )
 
 
 def _to_cuda(x):

@@ -40,8 +40,15 @@ def valid_call(r: random.Random) -> dict[str, Any]:
     """Arguments that must be accepted."""
     dtype = r.choice((np.float32, np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
     hk = r.choice((1, 1, 2))
-    s = {"b": r.choice((0, 1, 1, 1, 2)), "sq": r.randint(0, 9), "sk": r.randint(0, 12),
-         "hk": hk, "hq": hk * r.choice((1, 1, 2, 3)), "d": r.randint(1, 9), "dv": r.randint(1, 9)}
+    s = {
+        "b": r.choice((0, 1, 1, 1, 2)),
+        "sq": r.randint(0, 9),
+        "sk": r.randint(0, 12),
+        "hk": hk,
+        "hq": hk * r.choice((1, 1, 2, 3)),
+        "d": r.randint(1, 9),
+        "dv": r.randint(1, 9),
+    }
     call: dict[str, Any] = {}
     varlen = r.random() < 0.2
     if varlen:
@@ -54,14 +61,20 @@ def valid_call(r: random.Random) -> dict[str, Any]:
             s["s" + name] = max(lengths, default=0)
             s["t" + name] = sum(lengths)
             if r.random() < 0.3:
-                call["max_seqlen_" + name] = s["s" + name] + r.randint(0, 3)
-                s["s" + name] = call["max_seqlen_" + name] or s["s" + name]
+                bound = call["max_seqlen_" + name] = s["s" + name] + r.randint(0, 3)
+                s["s" + name] = min(bound, s["t" + name]) if bound else s["s" + name]
         s["b"] = batch
-        shapes = ((s["tq"], s["hq"], s["d"]), (s["tk"], s["hk"], s["d"]),
-                  (s["tk"], s["hk"], s["dv"]))
+        shapes = (
+            (s["tq"], s["hq"], s["d"]),
+            (s["tk"], s["hk"], s["d"]),
+            (s["tk"], s["hk"], s["dv"]),
+        )
     else:
-        shapes = ((s["b"], s["sq"], s["hq"], s["d"]), (s["b"], s["sk"], s["hk"], s["d"]),
-                  (s["b"], s["sk"], s["hk"], s["dv"]))
+        shapes = (
+            (s["b"], s["sq"], s["hq"], s["d"]),
+            (s["b"], s["sk"], s["hk"], s["d"]),
+            (s["b"], s["sk"], s["hk"], s["dv"]),
+        )
         if r.random() < 0.3:
             call["layout"] = "bhsd"
             shapes = tuple((a, c, b, d) for a, b, c, d in shapes)
@@ -98,8 +111,13 @@ def valid_call(r: random.Random) -> dict[str, Any]:
         call["rng"] = (r.randint(-(2**63), 2**63 - 1), r.randint(0, 2**40))
     if not varlen and r.random() < 0.1:
         block = (r.randint(1, 5), r.randint(1, 5))
-        kept = np.array([[r.random() < 0.6 for _ in range(-(-s["sk"] // block[1]))]
-                         for _ in range(-(-s["sq"] // block[0]))], bool)
+        kept = np.array(
+            [
+                [r.random() < 0.6 for _ in range(-(-s["sk"] // block[1]))]
+                for _ in range(-(-s["sq"] // block[0]))
+            ],
+            bool,
+        )
         kept = kept.reshape(-(-s["sq"] // block[0]), -(-s["sk"] // block[1]))
         dense = kept.repeat(block[0], 0).repeat(block[1], 1)[: s["sq"], : s["sk"]]
         call["block_mask"] = fc.BlockMask.from_dense(dense, block=block)
@@ -114,8 +132,24 @@ def valid_call(r: random.Random) -> dict[str, Any]:
     return call
 
 
-NOT_VALUES = (None, "x", -1, 2**70, float("nan"), float("inf"), 1.5, [], {}, (1, 2), object(), True,
-              np.float32(3), np.array(2), np.zeros((2, 2), np.float32), np.zeros(0, np.int32))
+NOT_VALUES = (
+    None,
+    "x",
+    -1,
+    2**70,
+    float("nan"),
+    float("inf"),
+    1.5,
+    [],
+    {},
+    (1, 2),
+    object(),
+    True,
+    np.float32(3),
+    np.array(2),
+    np.zeros((2, 2), np.float32),
+    np.zeros(0, np.int32),
+)
 
 
 def spoil(r: random.Random, call: dict[str, Any]) -> None:
@@ -125,24 +159,58 @@ def spoil(r: random.Random, call: dict[str, Any]) -> None:
     name = r.choice(tensors)
     x = call[name]
     if kind == 0:  # another dtype
-        call[name] = x.astype(r.choice((np.float32, np.float64, np.float16, np.int32, np.int64,
-                                        np.uint8, np.complex64)))
+        call[name] = x.astype(
+            r.choice(
+                (np.float32, np.float64, np.float16, np.int32, np.int64, np.uint8, np.complex64)
+            )
+        )
     elif kind == 1:  # another extent
         axis = r.randrange(x.ndim)
         call[name] = np.repeat(x, r.choice((0, 2, 3)), axis=axis)
     elif kind == 2:  # another rank
         call[name] = r.choice((x[None], x.reshape(-1), x.reshape(x.shape + (1,))))
     elif kind == 3:  # strides
-        call[name] = r.choice((x[..., ::-1], np.repeat(x, 2, axis=-1)[..., ::2], x.T,
-                               np.broadcast_to(x, (2, *x.shape))))
+        call[name] = r.choice(
+            (
+                x[..., ::-1],
+                np.repeat(x, 2, axis=-1)[..., ::2],
+                x.T,
+                np.broadcast_to(x, (2, *x.shape)),
+            )
+        )
     elif kind == 4:  # something else in its place
         call[name] = r.choice(NOT_VALUES)
     elif kind == 5:  # an option of another type
-        option = r.choice((
-            "layout", "scale", "window_size", "align", "q_offset", "softcap", "alibi_slopes",
-            "bias", "mask", "sinks", "block_mask", "dropout_p", "rng", "cu_seqlens_q",
-            "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqlens_q", "seqlens_k", "page_table",
-            "q_descale", "num_splits", "split_size", "out", "out_dtype", "stream"))
+        option = r.choice(
+            (
+                "layout",
+                "scale",
+                "window_size",
+                "align",
+                "q_offset",
+                "softcap",
+                "alibi_slopes",
+                "bias",
+                "mask",
+                "sinks",
+                "block_mask",
+                "dropout_p",
+                "rng",
+                "cu_seqlens_q",
+                "cu_seqlens_k",
+                "max_seqlen_q",
+                "max_seqlen_k",
+                "seqlens_q",
+                "seqlens_k",
+                "page_table",
+                "q_descale",
+                "num_splits",
+                "split_size",
+                "out",
+                "out_dtype",
+                "stream",
+            )
+        )
         call[option] = r.choice(NOT_VALUES)
     elif kind == 6:  # values of an integer tensor
         for option in ("cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k"):
@@ -158,12 +226,24 @@ def spoil(r: random.Random, call: dict[str, Any]) -> None:
                 part[r.randrange(len(part))] ^= r.choice((1, 2, 1024, -(2**31)))
             call["block_mask"] = mask
     else:  # scalars at their limits
-        call.update(r.choice(({"dropout_p": 1.0, "rng": (1, 2)}, {"dropout_p": 0.5},
-                              {"softcap": float("nan")}, {"scale": float("inf")},
-                              {"q_offset": 2**40}, {"q_offset": -(2**63)},
-                              {"window_size": (-2, 0)}, {"window_size": (2**62, 2**62)},
-                              {"num_splits": 2**31 - 1}, {"split_size": 2**62},
-                              {"max_seqlen_q": 2**40}, {"layout": "sbhd"})))
+        call.update(
+            r.choice(
+                (
+                    {"dropout_p": 1.0, "rng": (1, 2)},
+                    {"dropout_p": 0.5},
+                    {"softcap": float("nan")},
+                    {"scale": float("inf")},
+                    {"q_offset": 2**40},
+                    {"q_offset": -(2**63)},
+                    {"window_size": (-2, 0)},
+                    {"window_size": (2**62, 2**62)},
+                    {"num_splits": 2**31 - 1},
+                    {"split_size": 2**62},
+                    {"max_seqlen_q": 2**40},
+                    {"layout": "sbhd"},
+                )
+            )
+        )
 
 
 def one(n: int) -> str:
@@ -175,7 +255,7 @@ def one(n: int) -> str:
         for _ in range(r.choice((1, 1, 1, 2))):
             spoil(r, call)
     q, k, v = (call.pop(name) for name in "qkv")
-    options = {name: x for name, x in call.items()}
+    options = dict(call)
     try:
         result = fc.attention(q, k, v, **call, return_lse=True, return_max_logits=True)
     except fc.Error as e:
@@ -197,9 +277,21 @@ def one(n: int) -> str:
 
 def check(n, q, k, v, options, result, *, gradients):
     left, right = options.get("window_size") or (None, None)
-    values = {name: x for name, x in options.items()
-              if name not in ("out", "out_dtype", "stream", "num_splits", "split_size",
-                              "deterministic", "max_seqlen_q", "max_seqlen_k")}
+    values = {
+        name: x
+        for name, x in options.items()
+        if name
+        not in (
+            "out",
+            "out_dtype",
+            "stream",
+            "num_splits",
+            "split_size",
+            "deterministic",
+            "max_seqlen_q",
+            "max_seqlen_k",
+        )
+    }
     values["window_size"] = tuple(None if w == -1 else w for w in (left, right))
     if values.get("block_mask") is not None:
         values["block_mask"] = values["block_mask"].to_dense()
@@ -230,8 +322,11 @@ def near(n, name, got, want, tolerance):
     finite = np.isfinite(want)
     scale = 1 + np.abs(want[finite]).max(initial=0)
     with np.errstate(invalid="ignore"):
-        wrong = np.where(finite, ~(np.abs(got - want) <= tolerance * scale),
-                         ~((got == want) | (np.isnan(got) & np.isnan(want))))
+        wrong = np.where(
+            finite,
+            ~(np.abs(got - want) <= tolerance * scale),
+            ~((got == want) | (np.isnan(got) & np.isnan(want))),
+        )
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise Wrong(f"call {n}: {name}{list(at)} is {got[at]}, not {want[at]}")

@@ -15,31 +15,59 @@ from flashcore.testing import assert_close_to_reference, assert_grads_close_to_r
 
 def forward(arrays: dict[str, np.ndarray], options: dict[str, Any], **more: Any):
     """(out, lse, max_logits) of flashcore.attention."""
-    return fc.attention(arrays["q"], arrays["k"], arrays["v"], **options, return_lse=True,
-                        return_max_logits=True, **more)
+    return fc.attention(
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        **options,
+        return_lse=True,
+        return_max_logits=True,
+        **more,
+    )
 
 
-def backward(arrays: dict[str, np.ndarray], options: dict[str, Any], *, dlse: bool = False,
-             result=None, **more: Any):
+def backward(
+    arrays: dict[str, np.ndarray],
+    options: dict[str, Any],
+    *,
+    dlse: bool = False,
+    result=None,
+    **more: Any,
+):
     """Grads of flashcore.attention_backward."""
     options = {name: x for name, x in options.items() if name != "out_dtype"}
     if result is None:
         result = forward(arrays, options)
-    return fc.attention_backward(arrays["dout"], arrays["q"], arrays["k"], arrays["v"], result.out,
-                                 result.lse, **options,
-                                 **({"dlse": arrays["dlse"]} if dlse else {}), **more)
+    return fc.attention_backward(
+        arrays["dout"],
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        result.out,
+        result.lse,
+        **options,
+        **({"dlse": arrays["dlse"]} if dlse else {}),
+        **more,
+    )
 
 
 def check_forward(arrays, options) -> None:
-    assert_close_to_reference(forward(arrays, options), arrays["q"], arrays["k"], arrays["v"],
-                              **options)
+    assert_close_to_reference(
+        forward(arrays, options), arrays["q"], arrays["k"], arrays["v"], **options
+    )
 
 
 def check_backward(arrays, options, *, dlse: bool = False) -> None:
     grads = backward(arrays, options, dlse=dlse)
     assert_grads_close_to_reference(
-        grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"], **options,
-        **({"dlse": arrays["dlse"]} if dlse else {}))
+        grads,
+        arrays["dout"],
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        **options,
+        **({"dlse": arrays["dlse"]} if dlse else {}),
+    )
 
 
 def bits(x) -> bytes:
@@ -61,7 +89,13 @@ def run_python(code: str, timeout: float = 120, **environment: str) -> str:
     environment.pop("PYTHONPATH", None)
     here = os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.append({here!r})\n" + code
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=os.path.sep,
-                          capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=os.path.sep,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

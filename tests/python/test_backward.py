@@ -25,8 +25,7 @@ def test_accumulate_adds(dtype):
     case = cases.Case("accumulate", dtype=dtype, bias="hqk", sinks=True)
     arrays, options = case.arrays(), case.options()
     plain = backward(arrays, options)
-    into = {name: np.full(x.shape, 3, np.float32)
-            for name, x in zip(("dq", "dk", "dv"), plain)}
+    into = {name: np.full(x.shape, 3, np.float32) for name, x in zip(("dq", "dk", "dv"), plain)}
     sums = backward(arrays, options, accumulate=True, **into)
     for name in into:
         assert getattr(sums, name) is into[name]
@@ -40,8 +39,9 @@ def test_float32_gradients_of_16_bit_inputs():
     into = {"d" + name: np.empty(arrays[name].shape, np.float32) for name in "qkv"}
     grads = backward(arrays, case.options(), **into)
     assert grads.dq is into["dq"]
-    assert_grads_close_to_reference(grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"],
-                                    causal=True)
+    assert_grads_close_to_reference(
+        grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"], causal=True
+    )
 
 
 def test_strided_gradient_outputs():
@@ -64,7 +64,15 @@ def test_out_and_lse_of_another_precision_still_work():
     arrays = case.arrays()
     result = forward(arrays, {"causal": True, "out_dtype": "float32"})
     assert result.out.dtype == np.float32
-    grads = fc.attention_backward(arrays["dout"].astype(np.float32), arrays["q"], arrays["k"],
-                                  arrays["v"], result.out, result.lse, causal=True)
-    assert_grads_close_to_reference(grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"],
-                                    causal=True)
+    grads = fc.attention_backward(
+        arrays["dout"].astype(np.float32),
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        result.out,
+        result.lse,
+        causal=True,
+    )
+    assert_grads_close_to_reference(
+        grads, arrays["dout"], arrays["q"], arrays["k"], arrays["v"], causal=True
+    )

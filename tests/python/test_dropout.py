@@ -13,8 +13,9 @@ from flashcore import reference
 @pytest.mark.parametrize("rng", [(0, 0), (1, 2), (-1, -1), (2**62 + 5, 3), (7, 2**40)])
 def test_mask_is_the_definition(p, rng):
     shape = (2, 3, 21, 37)
-    np.testing.assert_array_equal(fc.dropout_mask(shape, p, rng),
-                                  reference.dropout_mask(shape, p, rng))
+    np.testing.assert_array_equal(
+        fc.dropout_mask(shape, p, rng), reference.dropout_mask(shape, p, rng)
+    )
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -22,8 +23,9 @@ def test_mask_is_the_definition(p, rng):
 def test_kernels_drop_what_the_mask_says(dtype, h, layout):
     """With one-hot values the output is P itself: its zeros are the dropped entries."""
     keys = 70
-    case = cases.Case("one-hot v", dtype=dtype, b=2, q=50, k=keys, d=16, dv=keys, h=h,
-                      layout=layout)
+    case = cases.Case(
+        "one-hot v", dtype=dtype, b=2, q=50, k=keys, d=16, dv=keys, h=h, layout=layout
+    )
     a = case.arrays()
     eye = np.eye(keys, dtype=a["v"].dtype)
     a["v"][...] = eye[:, None] if layout == "bshd" else eye
@@ -50,8 +52,10 @@ def test_statistics():
 
 
 def test_seeds_and_offsets_are_unrelated():
-    masks = [fc.dropout_mask((1, 1, 256, 256), 0.5, rng)
-             for rng in ((0, 0), (1, 0), (0, 1), (1, 1), (2**32, 0), (0, 2**32))]
+    masks = [
+        fc.dropout_mask((1, 1, 256, 256), 0.5, rng)
+        for rng in ((0, 0), (1, 0), (0, 1), (1, 1), (2**32, 0), (0, 2**32))
+    ]
     for n, a in enumerate(masks):
         for b in masks[:n]:
             assert abs((a == b).mean() - 0.5) < 0.02
@@ -60,8 +64,10 @@ def test_seeds_and_offsets_are_unrelated():
 def test_rng_as_an_array_is_the_same():
     case = cases.Case("rng array")
     a = case.arrays()
-    assert same_bits(tuple(forward(a, {"dropout_p": 0.2, "rng": (7, 8)})),
-                     tuple(forward(a, {"dropout_p": 0.2, "rng": np.array([7, 8], np.int64)})))
+    assert same_bits(
+        tuple(forward(a, {"dropout_p": 0.2, "rng": (7, 8)})),
+        tuple(forward(a, {"dropout_p": 0.2, "rng": np.array([7, 8], np.int64)})),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

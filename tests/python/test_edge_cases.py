@@ -20,11 +20,19 @@ POISON = [np.nan, np.inf, -np.inf]
 @pytest.mark.parametrize("poison", POISON, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_poison_in_padding_reaches_nothing(dtype, poison):
-    case = cases.Case("padding", dtype=dtype, lengths_q=(113, 40), lengths_k=(33, 203),
-                      causal=True, h=(4, 2))
-    _check_poison(case, poison, lambda a: [
-        (a["q"], (1, slice(40, None))), (a["dout"], (1, slice(40, None))),
-        (a["k"], (0, slice(33, None))), (a["v"], (0, slice(33, None)))])
+    case = cases.Case(
+        "padding", dtype=dtype, lengths_q=(113, 40), lengths_k=(33, 203), causal=True, h=(4, 2)
+    )
+    _check_poison(
+        case,
+        poison,
+        lambda a: [
+            (a["q"], (1, slice(40, None))),
+            (a["dout"], (1, slice(40, None))),
+            (a["k"], (0, slice(33, None))),
+            (a["v"], (0, slice(33, None))),
+        ],
+    )
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
@@ -33,19 +41,30 @@ def test_poison_in_masked_keys_reaches_nothing(dtype, poison):
     mask = np.ones((1, 1, 1, 203), bool)
     mask[..., 10:15] = mask[..., 60:130] = mask[..., 202] = False
     case = cases.Case("masked keys", dtype=dtype)
-    _check_poison(case, poison, lambda a: [
-        (a[name], (slice(None), ~mask[0, 0, 0])) for name in "kv"], mask=mask)
+    _check_poison(
+        case,
+        poison,
+        lambda a: [(a[name], (slice(None), ~mask[0, 0, 0])) for name in "kv"],
+        mask=mask,
+    )
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_poison_outside_every_window_reaches_nothing(dtype, poison):
     """Keys left of the first row's window, and right of the last row's diagonal."""
-    case = cases.Case("outside the window", dtype=dtype, q=50, k=200, causal=True, q_offset=100,
-                      window=(20, None))
-    _check_poison(case, poison, lambda a: [
-        (a[name], (slice(None), keys)) for name in "kv"
-        for keys in (slice(0, 80), slice(150, None))])
+    case = cases.Case(
+        "outside the window", dtype=dtype, q=50, k=200, causal=True, q_offset=100, window=(20, None)
+    )
+    _check_poison(
+        case,
+        poison,
+        lambda a: [
+            (a[name], (slice(None), keys))
+            for name in "kv"
+            for keys in (slice(0, 80), slice(150, None))
+        ],
+    )
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
@@ -54,16 +73,23 @@ def test_poison_in_excluded_blocks_reaches_nothing(poison):
     kept[..., 2] = False
     mask = fc.BlockMask.from_dense(kept.repeat(32, 2).repeat(32, 3), block=(32, 32))
     case = cases.Case("excluded blocks", q=128, k=128)
-    _check_poison(case, poison, lambda a: [
-        (a[name], (slice(None), slice(64, 96))) for name in "kv"], block_mask=mask)
+    _check_poison(
+        case,
+        poison,
+        lambda a: [(a[name], (slice(None), slice(64, 96))) for name in "kv"],
+        block_mask=mask,
+    )
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_poison_in_rows_that_see_nothing_reaches_no_gradient(dtype, poison):
     case = cases.Case("rows without keys", dtype=dtype, q=90, k=40, causal=True)
-    _check_poison(case, poison, lambda a: [
-        (a["q"], (slice(None), slice(0, 50))), (a["dout"], (slice(None), slice(0, 50)))])
+    _check_poison(
+        case,
+        poison,
+        lambda a: [(a["q"], (slice(None), slice(0, 50))), (a["dout"], (slice(None), slice(0, 50)))],
+    )
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
@@ -84,8 +110,12 @@ def test_poison_around_packed_sequences_reaches_nothing(poison):
     """The second of three sequences is poison: the others do not notice."""
     case = cases.Case("packed", packed_q=(30, 20, 10), packed_k=(25, 40, 35))
     o, clean, dirty = case.options(), case.arrays(), case.arrays()
-    for name, span in (("q", slice(30, 50)), ("dout", slice(30, 50)), ("k", slice(25, 65)),
-                       ("v", slice(25, 65))):
+    for name, span in (
+        ("q", slice(30, 50)),
+        ("dout", slice(30, 50)),
+        ("k", slice(25, 65)),
+        ("v", slice(25, 65)),
+    ):
         dirty[name][span] = poison
     want, got = forward(clean, o), forward(dirty, o)
     rows, keys = np.r_[0:30, 50:60], np.r_[0:25, 65:100]
@@ -135,8 +165,9 @@ def test_one_row_with_lse_minus_122(dtype):
     assert np.abs(exact.lse + 122).max() < 3
     # A score of -122 is known to 1e-5 in float32, and so is what follows from it.
     np.testing.assert_allclose(result.lse, exact.lse, rtol=0, atol=4e-5)
-    np.testing.assert_allclose(result.out.astype(np.float64), exact.out,
-                               atol=2e-5 if dtype == "f32" else 2e-2)
+    np.testing.assert_allclose(
+        result.out.astype(np.float64), exact.out, atol=2e-5 if dtype == "f32" else 2e-2
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
@@ -148,8 +179,9 @@ def test_huge_scores(dtype, size):
     options = {"causal": True, "scale": size}
     check_forward(arrays, options)
     # Backward computes P from lse, so it is as inexact as lse's own rounding: eps * max|S|.
-    exact = reference.attention_backward(*(arrays[name] for name in ("dout", "q", "k", "v")),
-                                         **options)
+    exact = reference.attention_backward(
+        *(arrays[name] for name in ("dout", "q", "k", "v")), **options
+    )
     result = forward(arrays, options)
     lse = np.finfo(result.lse.dtype).eps * np.abs(result.lse).max()
     eps = lse + float(ml_dtypes.finfo(case.np_dtype).eps)
@@ -201,13 +233,17 @@ def test_rows_that_see_nothing(dtype, how):
     """out 0, lse -inf, no gradient, by whichever rule they were hidden."""
     case = cases.Case("hidden rows", dtype=dtype, q=96, k=32, b=1)
     arrays, hidden = case.arrays(), slice(0, 64)
-    options = {"causal": {"causal": True},
-               "window": {"window_size": (4, 0)},
-               "mask": {"mask": np.arange(96).reshape(1, 1, 96, 1) >= 64},
-               "lengths": {"seqlens_k": np.zeros(1, np.int32)},
-               "blocks": {"block_mask": fc.BlockMask.from_dense(
-                   np.broadcast_to(np.arange(96)[:, None] >= 64, (96, 32)).copy(),
-                   block=(32, 32))}}[how]
+    options = {
+        "causal": {"causal": True},
+        "window": {"window_size": (4, 0)},
+        "mask": {"mask": np.arange(96).reshape(1, 1, 96, 1) >= 64},
+        "lengths": {"seqlens_k": np.zeros(1, np.int32)},
+        "blocks": {
+            "block_mask": fc.BlockMask.from_dense(
+                np.broadcast_to(np.arange(96)[:, None] >= 64, (96, 32)).copy(), block=(32, 32)
+            )
+        },
+    }[how]
     if how == "lengths":
         hidden = slice(0, 96)
     result = forward(arrays, options)
@@ -226,8 +262,9 @@ def test_rows_that_see_only_a_sink():
     options = case.options()
     result = forward(case.arrays(), options)
     assert (result.out[:, :14] == 0).all()
-    np.testing.assert_allclose(result.lse[0, :, :14], options["sinks"][:, None].repeat(14, 1),
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        result.lse[0, :, :14], options["sinks"][:, None].repeat(14, 1), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -256,8 +293,9 @@ def test_dout_may_be_an_expanded_view(dtype):
         one = np.ones(shape, case.np_dtype)
         arrays["dout"] = np.broadcast_to(one, arrays["q"].shape)
         dense = {**arrays, "dout": arrays["dout"].copy()}
-        assert same_bits(tuple(backward(arrays, {"causal": True})),
-                         tuple(backward(dense, {"causal": True})))
+        assert same_bits(
+            tuple(backward(arrays, {"causal": True})), tuple(backward(dense, {"causal": True}))
+        )
 
 
 def test_q_k_v_may_be_expanded_views():
@@ -285,8 +323,7 @@ def test_strides_and_layout_change_no_bit(dtype, layout, strides):
     assert same_bits(expected.out, turn(got.out))
     assert same_bits((expected.lse, expected.max_logits), (got.lse, got.max_logits))
     grads = backward(arrays, options)
-    assert same_bits(tuple(backward(want, {"causal": True}))[:3],
-                     tuple(turn(g) for g in grads[:3]))
+    assert same_bits(tuple(backward(want, {"causal": True}))[:3], tuple(turn(g) for g in grads[:3]))
 
 
 def test_outputs_are_written_inside_their_bounds_only():
@@ -313,12 +350,14 @@ def test_element_offsets_beyond_2_to_the_31():
     for n, name in enumerate(("q", "k", "v", "dout")):
         inner = tuple(s // 2 for s in near[name].strides[1:])
         view = np.lib.stride_tricks.as_strided(
-            base[n * 5000:], near[name].shape, tuple(2 * s for s in (gap, *inner)))
+            base[n * 5000 :], near[name].shape, tuple(2 * s for s in (gap, *inner))
+        )
         view[...] = near[name]
         far[name] = view
     assert same_bits(tuple(forward(near, {"causal": True})), tuple(forward(far, {"causal": True})))
-    assert same_bits(tuple(backward(near, {"causal": True})),
-                     tuple(backward(far, {"causal": True})))
+    assert same_bits(
+        tuple(backward(near, {"causal": True})), tuple(backward(far, {"causal": True}))
+    )
 
 
 @pytest.mark.parametrize("case", cases.EMPTY, ids=str)
@@ -336,15 +375,17 @@ def test_empty_shapes_in_both_directions(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_thirty_runs_give_the_same_bits(dtype):
-    case = cases.Case("repeatable", dtype=dtype, q=150, k=260, h=(6, 2), causal=True, bias="hqk",
-                      sinks=True)
+    case = cases.Case(
+        "repeatable", dtype=dtype, q=150, k=260, h=(6, 2), causal=True, bias="hqk", sinks=True
+    )
     arrays, options = case.arrays(), case.options()
     first = forward(arrays, options, deterministic=True)
     grads = backward(arrays, options, deterministic=True, dlse=True)
     for _ in range(30):
         assert same_bits(tuple(first), tuple(forward(arrays, options)))
-        assert same_bits(tuple(grads), tuple(backward(arrays, options, deterministic=True,
-                                                      dlse=True)))
+        assert same_bits(
+            tuple(grads), tuple(backward(arrays, options, deterministic=True, dlse=True))
+        )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -384,11 +425,13 @@ def test_block_sparse_causal_is_causal(dtype, d):
     causal = {"causal": True}
     want, grads = forward(arrays, causal), backward(arrays, causal)
     for options in ({"block_mask": mask}, {"block_mask": coarse, "causal": True}):
-        assert_close_to_reference(forward(arrays, options), arrays["q"], arrays["k"], arrays["v"],
-                                  **causal)
+        assert_close_to_reference(
+            forward(arrays, options), arrays["q"], arrays["k"], arrays["v"], **causal
+        )
         got = backward(arrays, options, result=want)
-        assert_grads_close_to_reference(got, arrays["dout"], arrays["q"], arrays["k"], arrays["v"],
-                                        **causal)
+        assert_grads_close_to_reference(
+            got, arrays["dout"], arrays["q"], arrays["k"], arrays["v"], **causal
+        )
     assert grads.dq.shape == arrays["q"].shape
 
 
@@ -399,11 +442,13 @@ def test_merge_of_prefix_and_suffix_is_the_whole(dtype):
     whole = forward(a, {})
     wide = "float64" if dtype == "f64" else "float32"
     for cut in (1, 64, 199, 200):
-        parts = [fc.attention(a["q"], a["k"][:, keys], a["v"][:, keys], return_lse=True,
-                              out_dtype=wide)
-                 for keys in (slice(0, cut), slice(cut, None))]
-        out, lse = fc.merge([p.out for p in parts], [p.lse for p in parts],
-                            out_dtype=a["q"].dtype.name)
+        parts = [
+            fc.attention(a["q"], a["k"][:, keys], a["v"][:, keys], return_lse=True, out_dtype=wide)
+            for keys in (slice(0, cut), slice(cut, None))
+        ]
+        out, lse = fc.merge(
+            [p.out for p in parts], [p.lse for p in parts], out_dtype=a["q"].dtype.name
+        )
         assert out.dtype == a["q"].dtype
         assert_close_to_reference((out, lse, None), a["q"], a["k"], a["v"])
     assert whole.out.shape == out.shape
@@ -425,8 +470,10 @@ def test_both_alignments_when_lengths_differ(dtype, align, q, k):
     check_forward(arrays, options)
     check_backward(arrays, options)
     offset = 0 if align == "top_left" else k - q
-    assert same_bits(tuple(forward(arrays, options)),
-                     tuple(forward(arrays, {"causal": True, "q_offset": offset})))
+    assert same_bits(
+        tuple(forward(arrays, options)),
+        tuple(forward(arrays, {"causal": True, "q_offset": offset})),
+    )
 
 
 def test_max_seqlen_must_be_a_plain_number():

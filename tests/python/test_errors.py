@@ -19,18 +19,22 @@ B, SQ, SK, HQ, HK, D, DV = 2, 3, 5, 4, 2, 8, 6
 
 def good():
     rng = np.random.default_rng(0)
-    return {"q": rng.standard_normal((B, SQ, HQ, D)).astype(np.float32),
-            "k": rng.standard_normal((B, SK, HK, D)).astype(np.float32),
-            "v": rng.standard_normal((B, SK, HK, DV)).astype(np.float32)}
+    return {
+        "q": rng.standard_normal((B, SQ, HQ, D)).astype(np.float32),
+        "k": rng.standard_normal((B, SK, HK, D)).astype(np.float32),
+        "v": rng.standard_normal((B, SK, HK, DV)).astype(np.float32),
+    }
 
 
 def packed():
     rng = np.random.default_rng(0)
-    return {"q": rng.standard_normal((9, HQ, D)).astype(np.float32),
-            "k": rng.standard_normal((11, HK, D)).astype(np.float32),
-            "v": rng.standard_normal((11, HK, DV)).astype(np.float32),
-            "cu_seqlens_q": np.array([0, 2, 9], np.int32),
-            "cu_seqlens_k": np.array([0, 5, 11], np.int32)}
+    return {
+        "q": rng.standard_normal((9, HQ, D)).astype(np.float32),
+        "k": rng.standard_normal((11, HK, D)).astype(np.float32),
+        "v": rng.standard_normal((11, HK, DV)).astype(np.float32),
+        "cu_seqlens_q": np.array([0, 2, 9], np.int32),
+        "cu_seqlens_k": np.array([0, 5, 11], np.int32),
+    }
 
 
 def refuses(call, error, *parts, out_shape=(B, SQ, HQ, DV)):
@@ -38,8 +42,7 @@ def refuses(call, error, *parts, out_shape=(B, SQ, HQ, DV)):
     call = dict(call)
     if "out" not in call:
         call["out"] = np.full(out_shape, 7, np.float32)
-    before = {name: np.array(x, copy=True) for name, x in call.items()
-              if isinstance(x, np.ndarray)}
+    before = {name: np.array(x, copy=True) for name, x in call.items() if isinstance(x, np.ndarray)}
     q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
     with pytest.raises(error) as raised:
         fc.attention(q, k, v, **call)
@@ -64,21 +67,34 @@ SHAPES = {
     "v of another length": ({"v": zeros((2, 6, 2, 6), f32)}, "v must have k's seqlen"),
     "v of other heads": ({"v": zeros((2, 5, 1, 6), f32)}, "v must have k's seqlen and heads"),
     "k of another head_dim": ({"k": zeros((2, 5, 2, 7), f32)}, "k must have q's head_dim 8"),
-    "heads do not divide": ({"k": zeros((2, 5, 3, 8), f32), "v": zeros((2, 5, 3, 6), f32)},
-                            "multiple of k's", "4 and 3"),
+    "heads do not divide": (
+        {"k": zeros((2, 5, 3, 8), f32), "v": zeros((2, 5, 3, 6), f32)},
+        "multiple of k's",
+        "4 and 3",
+    ),
     "no heads": ({"q": zeros((2, 3, 0, 8), f32)}, "at least one head"),
-    "no head_dim": ({"q": zeros((2, 3, 4, 0), f32), "k": zeros((2, 5, 2, 0), f32)},
-                    "head_dim must be positive"),
+    "no head_dim": (
+        {"q": zeros((2, 3, 4, 0), f32), "k": zeros((2, 5, 2, 0), f32)},
+        "head_dim must be positive",
+    ),
     "out of another shape": ({"out": zeros((2, 3, 4, 8), f32)}, "out must have shape [2,3,4,6]"),
 }
 
 DTYPES = {
-    "mixed dtypes": ({"k": zeros((2, 5, 2, 8), np.float64)}, "k must have q's dtype float32",
-                     "float64"),
-    "mixed 16-bit dtypes": ({"q": zeros((2, 3, 4, 8), np.float16)},
-                            "k must have q's dtype float16"),
-    "out of another dtype": ({"out": zeros((2, 3, 4, 6), np.float64)}, "out must be float32",
-                             "float64"),
+    "mixed dtypes": (
+        {"k": zeros((2, 5, 2, 8), np.float64)},
+        "k must have q's dtype float32",
+        "float64",
+    ),
+    "mixed 16-bit dtypes": (
+        {"q": zeros((2, 3, 4, 8), np.float16)},
+        "k must have q's dtype float16",
+    ),
+    "out of another dtype": (
+        {"out": zeros((2, 3, 4, 6), np.float64)},
+        "out must be float32",
+        "float64",
+    ),
     "unknown out_dtype": ({"out": None, "out_dtype": "int8"}, "out_dtype"),
     "out_dtype float16 of float32": ({"out": None, "out_dtype": "float16"}, "float16"),
 }
@@ -111,11 +127,17 @@ SCALARS = {
 }
 
 TENSORS = {
-    "slopes of another size": ({"alibi_slopes": zeros(3, f32)}, "alibi_slopes must have shape [4]",
-                               "float32[3]"),
+    "slopes of another size": (
+        {"alibi_slopes": zeros(3, f32)},
+        "alibi_slopes must have shape [4]",
+        "float32[3]",
+    ),
     "slopes of float64": ({"alibi_slopes": zeros(4)}, "alibi_slopes must be float32", "float64"),
-    "bias that does not broadcast": ({"bias": zeros((2, 4, 3, 4), f32)},
-                                     "bias must broadcast to [2,4,3,5]", "[2,4,3,4]"),
+    "bias that does not broadcast": (
+        {"bias": zeros((2, 4, 3, 4), f32)},
+        "bias must broadcast to [2,4,3,5]",
+        "[2,4,3,4]",
+    ),
     "bias of rank 2": ({"bias": zeros((3, 5), f32)}, "bias must have 4 dimensions"),
     "bias of float64": ({"bias": zeros((1, 1, 3, 5))}, "bias must be float32", "float64"),
     "mask of floats": ({"mask": zeros((1, 1, 3, 5), f32)}, "mask must be bool", "float32", "bias"),
@@ -127,25 +149,33 @@ TENSORS = {
     "q_offset of int64": ({"q_offset": zeros(2, np.int64)}, "q_offset must be int32", "int64"),
     "seqlens of int64": ({"seqlens_k": zeros(2, np.int64)}, "seqlens_k must be int32", "int64"),
     "seqlens of another size": ({"seqlens_q": zeros(3, np.int32)}, "seqlens_q must have shape [2]"),
-    "seqlens too long": ({"seqlens_k": np.array([5, 6], np.int32)},
-                         "seqlens_k[1] must be in 0..5, got 6"),
-    "seqlens negative": ({"seqlens_q": np.array([-1, 2], np.int32)},
-                         "seqlens_q[0] must be in 0..3, got -1"),
+    "seqlens too long": (
+        {"seqlens_k": np.array([5, 6], np.int32)},
+        "seqlens_k[1] must be in 0..5, got 6",
+    ),
+    "seqlens negative": (
+        {"seqlens_q": np.array([-1, 2], np.int32)},
+        "seqlens_q[0] must be in 0..3, got -1",
+    ),
     "max_seqlen without cu_seqlens": ({"max_seqlen_q": 3}, "max_seqlen_q", "cu_seqlens_q"),
     "a block mask of another shape": (
         {"block_mask": fc.BlockMask.from_dense(np.ones((64, 64), bool), block=(16, 16))},
-        "block_mask.kv_num_blocks must have shape", "other lengths, heads or batch"),
+        "block_mask.kv_num_blocks must have shape",
+        "other lengths, heads or batch",
+    ),
     "a block mask of other heads": (
         {"block_mask": fc.BlockMask.from_dense(np.ones((1, 3, SQ, SK), bool), block=(16, 16))},
-        "block_mask.kv_num_blocks must have shape"),
+        "block_mask.kv_num_blocks must have shape",
+    ),
     "a block mask that is none": ({"block_mask": np.ones((1, 1), bool)}, "block_mask"),
 }
 
 
-@pytest.mark.parametrize("spoiled,parts", [(x[0], x[1:]) for group in (SHAPES, DTYPES, SCALARS,
-                                                                       TENSORS)
-                                           for x in group.values()],
-                         ids=[*SHAPES, *DTYPES, *SCALARS, *TENSORS])
+@pytest.mark.parametrize(
+    "spoiled,parts",
+    [(x[0], x[1:]) for group in (SHAPES, DTYPES, SCALARS, TENSORS) for x in group.values()],
+    ids=[*SHAPES, *DTYPES, *SCALARS, *TENSORS],
+)
 def test_attention_refuses(spoiled, parts):
     refuses({**good(), **spoiled}, fc.ArgumentError, *parts)
 
@@ -154,19 +184,30 @@ PACKED = {
     "one of the two": ({"cu_seqlens_k": None}, "cu_seqlens_k is missing"),
     "of int64": ({"cu_seqlens_q": np.array([0, 2, 9])}, "cu_seqlens_q must be int32", "int64[3]"),
     "of floats": ({"cu_seqlens_q": zeros(3, f32)}, "cu_seqlens_q must be int32", "float32"),
-    "decreasing": ({"cu_seqlens_q": np.array([0, 10, 9], np.int32)},
-                   "cu_seqlens_q must not decrease", "9 after 10"),
-    "past the end": ({"cu_seqlens_k": np.array([0, 5, 12], np.int32)},
-                     "cu_seqlens_k must end at the packed total 11, got 12"),
-    "not from 0": ({"cu_seqlens_k": np.array([1, 5, 11], np.int32)},
-                   "cu_seqlens_k[0] must be 0, got 1"),
-    "of different batches": ({"cu_seqlens_k": np.array([0, 11], np.int32)},
-                             "cu_seqlens_k must have shape [3]"),
+    "decreasing": (
+        {"cu_seqlens_q": np.array([0, 10, 9], np.int32)},
+        "cu_seqlens_q must not decrease",
+        "9 after 10",
+    ),
+    "past the end": (
+        {"cu_seqlens_k": np.array([0, 5, 12], np.int32)},
+        "cu_seqlens_k must end at the packed total 11, got 12",
+    ),
+    "not from 0": (
+        {"cu_seqlens_k": np.array([1, 5, 11], np.int32)},
+        "cu_seqlens_k[0] must be 0, got 1",
+    ),
+    "of different batches": (
+        {"cu_seqlens_k": np.array([0, 11], np.int32)},
+        "cu_seqlens_k must have shape [3]",
+    ),
     "of rank 2": ({"cu_seqlens_q": zeros((1, 3), np.int32)}, "cu_seqlens_q must have 1 dimension"),
-    "without an entry": ({"cu_seqlens_q": zeros(0, np.int32), "cu_seqlens_k": zeros(0, np.int32)},
-                         "cu_seqlens_q"),
+    "without an entry": (
+        {"cu_seqlens_q": zeros(0, np.int32), "cu_seqlens_k": zeros(0, np.int32)},
+        "cu_seqlens_q",
+    ),
     "max_seqlen too small": ({"max_seqlen_q": 6}, "max_seqlen_q is 6", "length 7"),
-    "max_seqlen negative": ({"max_seqlen_k": -1}, "max_seqlen_k must be >= 0"),
+    "max_seqlen negative": ({"max_seqlen_k": -1}, "max_seqlen_k must be in 0.."),
     "max_seqlen as a 0-d array": ({"max_seqlen_q": np.array(9)}, "max_seqlen_q"),
     "with a layout": ({"layout": "bhsd"}, "layout does not apply to packed"),
     "with padded lengths": ({"seqlens_q": zeros(2, np.int32)}, "seqlens_q"),
@@ -182,15 +223,19 @@ def test_packed_attention_refuses(spoiled, parts):
 UNSUPPORTED = {
     "page_table": ({"page_table": zeros((2, 1), np.int32)}, "page_table is not built yet"),
     "fp8": ({"q_descale": zeros(1, f32)}, "fp8"),
-    "integers": ({n: x.astype(np.int32) for n, x in good().items()}, "q has dtype int32",
-                 "float16, bfloat16, float32"),
+    "integers": (
+        {n: x.astype(np.int32) for n, x in good().items()},
+        "q has dtype int32",
+        "float16, bfloat16, float32",
+    ),
     "complex": ({n: x.astype(np.complex64) for n, x in good().items()}, "q is complex"),
     "booleans": ({n: x.astype(bool) for n, x in good().items()}, "bool"),
 }
 
 
-@pytest.mark.parametrize("spoiled,parts", [(x[0], x[1:]) for x in UNSUPPORTED.values()],
-                         ids=[*UNSUPPORTED])
+@pytest.mark.parametrize(
+    "spoiled,parts", [(x[0], x[1:]) for x in UNSUPPORTED.values()], ids=[*UNSUPPORTED]
+)
 def test_attention_does_not_support(spoiled, parts):
     refuses({**good(), **spoiled}, fc.UnsupportedError, *parts)
 
@@ -277,8 +322,9 @@ class Producer:
 def test_any_dlpack_producer_is_an_array():
     call = good()
     want = fc.attention(**call)
-    got = fc.attention(Producer(call["q"]), Producer(call["k"]), Producer(call["v"]),
-                       out=np.empty_like(want))
+    got = fc.attention(
+        Producer(call["q"]), Producer(call["k"]), Producer(call["v"]), out=np.empty_like(want)
+    )
     np.testing.assert_array_equal(got, want)
 
 
@@ -339,13 +385,16 @@ BACKWARD = {
     "dk of another dtype": ({"dk": zeros((B, SK, HK, D), np.float64)}, "dk must be float32"),
     "dv that overlaps": ({"dv": np.broadcast_to(zeros(DV, f32), (B, SK, HK, DV))}, "dv"),
     "dropout without rng": ({"dropout_p": 0.5}, "rng is required"),
-    "heads that do not divide": ({"k": zeros((B, SK, 3, D), f32),
-                                  "v": zeros((B, SK, 3, DV), f32)}, "multiple of k's"),
+    "heads that do not divide": (
+        {"k": zeros((B, SK, 3, D), f32), "v": zeros((B, SK, 3, DV), f32)},
+        "multiple of k's",
+    ),
 }
 
 
-@pytest.mark.parametrize("spoiled,parts", [(x[0], x[1:]) for x in BACKWARD.values()],
-                         ids=[*BACKWARD])
+@pytest.mark.parametrize(
+    "spoiled,parts", [(x[0], x[1:]) for x in BACKWARD.values()], ids=[*BACKWARD]
+)
 def test_backward_refuses(spoiled, parts):
     call = gradient_call(**spoiled)
     before = {n: x.copy() for n, x in call.items() if isinstance(x, np.ndarray)}
@@ -360,12 +409,13 @@ def test_backward_refuses(spoiled, parts):
 def test_merge_refuses():
     out, lse = zeros((1, 3, 2, 4), f32), zeros((1, 2, 3), f32)
     for outs, lses, part in (
-            ([], [], "at least 1"),
-            ([out], [lse, lse], "lses"),
-            ([out, zeros((1, 4, 2, 4), f32)], [lse, lse], "outs[1] must have shape [1,3,2,4]"),
-            ([out, out], [lse, zeros((1, 3, 2), f32)], "lses[1] must have shape [1,2,3]"),
-            ([out, out.astype(np.float64)], [lse, lse], "outs[1] must be float32"),
-            ([out, "x"], [lse, lse], "outs[1]")):
+        ([], [], "at least 1"),
+        ([out], [lse, lse], "lses"),
+        ([out, zeros((1, 4, 2, 4), f32)], [lse, lse], "outs[1] must have shape [1,3,2,4]"),
+        ([out, out], [lse, zeros((1, 3, 2), f32)], "lses[1] must have shape [1,2,3]"),
+        ([out, out.astype(np.float64)], [lse, lse], "outs[1] must be float32"),
+        ([out, "x"], [lse, lse], "outs[1]"),
+    ):
         with pytest.raises(fc.ArgumentError) as raised:
             fc.merge(outs, lses)
         assert part in str(raised.value)
@@ -373,8 +423,11 @@ def test_merge_refuses():
 
 def test_dropout_mask_refuses():
     for shape, p, rng, part in (
-            ((1, 1, 2, 2), 1.0, (1, 2), "[0, 1)"), ((1, 1, 2, 2), 0.5, None, "rng"),
-            ((1, 2, 2), 0.5, (1, 2), "4 dimensions"), ((1, 1, 2, -2), 0.5, (1, 2), "")):
+        ((1, 1, 2, 2), 1.0, (1, 2), "[0, 1)"),
+        ((1, 1, 2, 2), 0.5, None, "rng"),
+        ((1, 2, 2), 0.5, (1, 2), "4 dimensions"),
+        ((1, 1, 2, -2), 0.5, (1, 2), ""),
+    ):
         with pytest.raises((fc.ArgumentError, ValueError)) as raised:
             fc.dropout_mask(shape, p, rng)
         assert part in str(raised.value)
@@ -382,10 +435,13 @@ def test_dropout_mask_refuses():
 
 def test_a_block_mask_spoiled_by_hand():
     mask = fc.BlockMask.from_dense(np.ones((SQ, SK), bool), block=(2, 2))
-    for name, value, part in (("kv_num_blocks", 4, "must be in 0..3"),
-                              ("kv_num_blocks", -1, "must be in 0..3"),
-                              ("kv_indices", 3, "must ascend within 0..2"),
-                              ("kv_indices", -1, "must ascend"), ("kv_indices", 2, "must ascend")):
+    for name, value, part in (
+        ("kv_num_blocks", 4, "must be in 0..3"),
+        ("kv_num_blocks", -1, "must be in 0..3"),
+        ("kv_indices", 3, "must ascend within 0..2"),
+        ("kv_indices", -1, "must ascend"),
+        ("kv_indices", 2, "must ascend"),
+    ):
         bad = mask.map(np.array)
         getattr(bad, name).reshape(-1)[0] = value
         refuses({**good(), "block_mask": bad}, fc.ArgumentError, f"block_mask.{name}", part)
@@ -414,8 +470,9 @@ def test_torch_tensor_that_requires_grad(torch):
         assert torch.isfinite(fc.attention(**call)).all()
 
 
-@pytest.mark.parametrize("kind", ["sparse", "meta", "quantized", "nested", "fake", "conj", "neg",
-                                  "freed"])
+@pytest.mark.parametrize(
+    "kind", ["sparse", "meta", "quantized", "nested", "fake", "conj", "neg", "freed"]
+)
 def test_torch_tensors_without_plain_memory(torch, kind):
     call = torch_call(torch)
     q = call["q"]

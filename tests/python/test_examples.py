@@ -19,14 +19,22 @@ def needs_gpu(script):
     return script.stem.endswith("_gpu")
 
 
-@pytest.mark.parametrize("script", [
-    pytest.param(s, id=s.name, marks=[pytest.mark.gpu] if needs_gpu(s) else []) for s in SCRIPTS])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, id=s.name, marks=[pytest.mark.gpu] if needs_gpu(s) else []) for s in SCRIPTS],
+)
 def test_python_example_runs(script, tmp_path):
     for name in NEEDS:
         if re.search(rf"^\s*(import|from) {name}\b", script.read_text(), re.MULTILINE):
             pytest.importorskip(name)
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300, env=_environment())
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=_environment(),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -52,15 +60,24 @@ def _environment():
 @pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
 def test_c_and_cpp_examples_through_find_package(tmp_path):
     """With the prefix that `python -m flashcore --cmake-dir` prints."""
+
     def run(*command):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                              env=_environment(), cwd=tmp_path)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=_environment(), cwd=tmp_path
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     prefix = run(sys.executable, "-m", "flashcore", "--cmake-dir").strip()
-    run(*_cmake(), "-S", str(EXAMPLES), "-B", "build", f"-DCMAKE_PREFIX_PATH={prefix}",
-        "-DCMAKE_BUILD_TYPE=Release")
+    run(
+        *_cmake(),
+        "-S",
+        str(EXAMPLES),
+        "-B",
+        "build",
+        f"-DCMAKE_PREFIX_PATH={prefix}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    )
     run(*_cmake(), "--build", "build")
     for language in ("c", "cpp"):
         assert run(str(tmp_path / "build" / f"minimal_{language}"))
@@ -68,18 +85,36 @@ def test_c_and_cpp_examples_through_find_package(tmp_path):
 
 def test_headers_compile_alone(tmp_path):
     """Each public header as the first and only include, at the strictest of each language."""
-    include = subprocess.run([sys.executable, "-m", "flashcore", "--include-dir"], cwd=tmp_path,
-                             capture_output=True, text=True, check=True).stdout.strip()
+    include = subprocess.run(
+        [sys.executable, "-m", "flashcore", "--include-dir"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     for compiler, standard, header, suffix in (
-            ("gcc", "c99", "flashcore/flashcore.h", "c"),
-            ("g++", "c++11", "flashcore/flashcore.h", "cpp"),
-            ("g++", "c++20", "flashcore/flashcore.h", "cpp"),
-            ("g++", "c++20", "flashcore/flashcore.hpp", "cpp")):
+        ("gcc", "c99", "flashcore/flashcore.h", "c"),
+        ("g++", "c++11", "flashcore/flashcore.h", "cpp"),
+        ("g++", "c++20", "flashcore/flashcore.h", "cpp"),
+        ("g++", "c++20", "flashcore/flashcore.hpp", "cpp"),
+    ):
         if not shutil.which(compiler):
             pytest.skip(f"{compiler} is not installed")
         source = tmp_path / f"alone.{suffix}"
         source.write_text(f"#include <{header}>\n")
-        done = subprocess.run([compiler, f"-std={standard}", "-Wall", "-Wextra", "-pedantic",
-                               "-Werror", "-fsyntax-only", f"-I{include}", str(source)],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                compiler,
+                f"-std={standard}",
+                "-Wall",
+                "-Wextra",
+                "-pedantic",
+                "-Werror",
+                "-fsyntax-only",
+                f"-I{include}",
+                str(source),
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr

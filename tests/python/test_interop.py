@@ -385,7 +385,7 @@ def test_jax_traced(jax: Any) -> None:
         jax.jit(fc.attention)(q, k, v)
 
 
-# ---- the C exchange API, with a table of our own --------------------------------------------------
+# ---- the C exchange API, with a table of our own -------------------------------------------------
 
 
 class DLTensor(ctypes.Structure):
@@ -512,6 +512,16 @@ def test_exchange_table(view: bool) -> None:
     with pytest.raises(fc.ArgumentError):
         fc.attention(foreign(inputs()[0]), *inputs()[1:], layout="sbhd")
     assert not alive
+
+
+def test_exchange_table_gradients_start_at_zero() -> None:
+    foreign, _, _ = exchange_type(view=True)
+    q, k, v = inputs()
+    r = fc.attention(q, k, v, return_lse=True)
+    want = fc.attention_backward(np.ones_like(q), q, k, v, *r[:2])
+    got = fc.attention_backward(np.ones_like(q), foreign(q), k, v, *r[:2], accumulate=True)
+    np.testing.assert_array_equal(got.dq.array, want.dq)
+    np.testing.assert_array_equal(got.dv.array, want.dv)
 
 
 def test_exchange_table_that_cannot_allocate() -> None:

@@ -9,14 +9,18 @@ from helpers import run_python
 
 import flashcore as fc
 
-USABLE = [pytest.param(k, id=k.name, marks=[] if k.backend == "cpu" else [pytest.mark.gpu])
-          for k in fc.kernels() if k.usable]
+USABLE = [
+    pytest.param(k, id=k.name, marks=[] if k.backend == "cpu" else [pytest.mark.gpu])
+    for k in fc.kernels()
+    if k.usable
+]
 
 
 @pytest.mark.parametrize("kernel", USABLE)
 def test_forced_kernel_is_right(kernel):
-    said = run_python(f"import forced; forced.main({kernel.name!r})", timeout=300,
-                      FLASHCORE_FORCE=kernel.name)
+    said = run_python(
+        f"import forced; forced.main({kernel.name!r})", timeout=300, FLASHCORE_FORCE=kernel.name
+    )
     assert int(said) == len(cases_of(kernel)) > 0
 
 
@@ -32,8 +36,11 @@ def test_names_are_unique_and_rows_complete():
 
 def test_the_cpu_has_every_dtype_in_both_directions():
     have = {(k.direction, k.dtype) for k in fc.kernels() if k.backend == "cpu" and k.usable}
-    assert have == {(direction, dtype) for direction in ("forward", "backward")
-                    for dtype in ("float16", "bfloat16", "float32", "float64")}
+    assert have == {
+        (direction, dtype)
+        for direction in ("forward", "backward")
+        for dtype in ("float16", "bfloat16", "float32", "float64")
+    }
 
 
 def test_forcing_a_backend_or_nothing_that_exists():
@@ -69,7 +76,10 @@ import numpy as np, flashcore as fc
 x = np.ones((1, 4, 1, 8), np.float32)
 print(fc.explain(x, x, x).arch)
 """
-    names = [k.isa for k in fc.kernels() if k.backend == "cpu" and k.usable
-             and k.dtype == "float32" and k.direction == "forward"]
+    names = [
+        k.isa
+        for k in fc.kernels()
+        if k.backend == "cpu" and k.usable and k.dtype == "float32" and k.direction == "forward"
+    ]
     for isa in names:
         assert run_python(code, FLASHCORE_CPU_ISA=isa).strip() == isa

@@ -15,14 +15,19 @@ FRAMEWORKS = ("numpy", "torch", "jax", "cupy", "ml_dtypes", "scipy")
 
 
 def module(*arguments):
-    done = subprocess.run([sys.executable, "-m", "flashcore", *arguments], capture_output=True,
-                          text=True, timeout=120, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-m", "flashcore", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd="/",
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_import_is_quick():
-    """At most 60 ms, in processor time: the smallest of five, so that a busy machine is no excuse."""
+    """At most 60 ms of processor time: the smallest of five, as the machine may be busy."""
     code = """
 import time
 start = time.process_time()
@@ -39,8 +44,10 @@ def test_import_brings_no_framework():
 
 def test_versions_agree():
     header = (PACKAGE / "include" / "flashcore" / "flashcore.h").read_text()
-    version = ".".join(re.search(rf"FLASHCORE_VERSION_{part} (\d+)", header)[1]
-                       for part in ("MAJOR", "MINOR", "PATCH"))
+    version = ".".join(
+        re.search(rf"FLASHCORE_VERSION_{part} (\d+)", header)[1]
+        for part in ("MAJOR", "MINOR", "PATCH")
+    )
     assert importlib.metadata.version("flashcore-attention") == version
     assert fc.__version__ == version
 

@@ -9,29 +9,45 @@ from hypothesis import strategies as st
 import flashcore as fc
 from flashcore.testing import assert_close_to_reference
 
-EXAMPLES = settings(max_examples=300, deadline=None, derandomize=True,
-                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+EXAMPLES = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 @st.composite
 def problems(draw):
     """Any shape and any combination of options that api.md allows."""
-    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    pick = lambda *values: draw(st.sampled_from(values))
     batch, rows, keys = draw(st.integers(1, 3)), draw(st.integers(1, 80)), draw(st.integers(1, 80))
     group, heads_kv = pick(1, 1, 2, 3), pick(1, 2)
     broadcast = st.sampled_from(["", "", "bhqk", "qk", "hq", "bk", "k"])
-    lengths = lambda n: draw(st.none() | st.tuples(*[st.integers(0, n)] * batch))  # noqa: E731
+    lengths = lambda n: draw(st.none() | st.tuples(*[st.integers(0, n)] * batch))
     varlen = draw(st.integers(0, 3)) == 0
     side = st.none() | st.integers(0, 60)
-    sizes = lambda n: draw(st.lists(st.integers(0, n), min_size=batch, max_size=batch))  # noqa: E731
+    sizes = lambda n: draw(st.lists(st.integers(0, n), min_size=batch, max_size=batch))
     case = cases.Case(
-        "random", dtype=pick("f32", "f32", "f64", "bf16", "f16"), b=batch, q=rows, k=keys,
-        h=(group * heads_kv, heads_kv), d=draw(st.integers(1, 70)),
-        dv=draw(st.none() | st.integers(1, 70)), causal=draw(st.booleans()),
-        window=pick((None, None), (draw(side), draw(side))), align=pick("bottom_right", "top_left"),
-        q_offset=draw(st.none() | st.integers(-50, 50)), softcap=pick(0.0, 0.0, 1.0, 20.0),
-        alibi=pick("", "", "h", "bh"), bias=draw(broadcast), mask=draw(broadcast),
-        sinks=draw(st.booleans()), dropout=pick(0.0, 0.0, 0.0, 0.3))
+        "random",
+        dtype=pick("f32", "f32", "f64", "bf16", "f16"),
+        b=batch,
+        q=rows,
+        k=keys,
+        h=(group * heads_kv, heads_kv),
+        d=draw(st.integers(1, 70)),
+        dv=draw(st.none() | st.integers(1, 70)),
+        causal=draw(st.booleans()),
+        window=pick((None, None), (draw(side), draw(side))),
+        align=pick("bottom_right", "top_left"),
+        q_offset=draw(st.none() | st.integers(-50, 50)),
+        softcap=pick(0.0, 0.0, 1.0, 20.0),
+        alibi=pick("", "", "h", "bh"),
+        bias=draw(broadcast),
+        mask=draw(broadcast),
+        sinks=draw(st.booleans()),
+        dropout=pick(0.0, 0.0, 0.0, 0.3),
+    )
     if varlen:
         case = case.but(packed_q=tuple(sizes(60)), packed_k=tuple(sizes(60)))
         if not sum(case.packed_q):
@@ -39,9 +55,13 @@ def problems(draw):
         if max(case.packed_k) == 0:
             case = case.but(packed_k=(1, *case.packed_k[1:]))
     else:
-        case = case.but(layout=pick("bshd", "bhsd"), strides=pick("packed", "permuted", "sliced"),
-                        lengths_q=lengths(rows), lengths_k=lengths(keys),
-                        blocks=pick(None, None, None, (16, 16), (7, 33)))
+        case = case.but(
+            layout=pick("bshd", "bhsd"),
+            strides=pick("packed", "permuted", "sliced"),
+            lengths_q=lengths(rows),
+            lengths_k=lengths(keys),
+            blocks=pick(None, None, None, (16, 16), (7, 33)),
+        )
     return case
 
 
@@ -85,8 +105,9 @@ def test_permuting_keys_changes_nothing(seed):
 def test_permuting_rows_permutes_the_result_bitwise(seed):
     a = SMALL.but(q=64).arrays(seed)
     order = np.random.default_rng(seed).permutation(64)
-    np.testing.assert_array_equal(forward({**a, "q": a["q"][:, order]}, {}).out,
-                                  forward(a, {}).out[:, order])
+    np.testing.assert_array_equal(
+        forward({**a, "q": a["q"][:, order]}, {}).out, forward(a, {}).out[:, order]
+    )
 
 
 @settings(EXAMPLES, max_examples=15)
@@ -97,8 +118,9 @@ def test_scale_moves_into_q_and_k(seed, factor):
     b = {**a, "q": a["q"] * factor, "k": a["k"] / factor}
     near(forward(a, {}).out, forward(b, {}).out, 1e-4)
     two = {**a, "q": a["q"] * np.float32(2)}
-    np.testing.assert_array_equal(forward(two, {"scale": 0.125}).out,
-                                  forward(a, {"scale": 0.25}).out)
+    np.testing.assert_array_equal(
+        forward(two, {"scale": 0.125}).out, forward(a, {"scale": 0.25}).out
+    )
 
 
 @settings(EXAMPLES, max_examples=15)
@@ -126,8 +148,10 @@ def test_merge_in_any_grouping(seed, cuts):
     """Any partition of the keys, merged at once, in pairs, or in reverse, is the whole."""
     a = SMALL.arrays(seed)
     edges = [0, *sorted(cuts), 90]
-    parts = [fc.attention(a["q"], a["k"][:, i:j], a["v"][:, i:j], return_lse=True)
-             for i, j in zip(edges, edges[1:])]
+    parts = [
+        fc.attention(a["q"], a["k"][:, i:j], a["v"][:, i:j], return_lse=True)
+        for i, j in zip(edges, edges[1:])
+    ]
     outs, lses = [p.out for p in parts], [p.lse for p in parts]
     assert_close_to_reference((*fc.merge(outs, lses), None), a["q"], a["k"], a["v"])
     assert_close_to_reference((*fc.merge(outs[::-1], lses[::-1]), None), a["q"], a["k"], a["v"])
@@ -164,8 +188,9 @@ def test_each_way_to_say_causal(seed):
 def test_grouped_heads_are_repeated_heads(seed):
     a = SMALL.arrays(seed)
     repeated = {**a, "k": a["k"].repeat(2, axis=2), "v": a["v"].repeat(2, axis=2)}
-    np.testing.assert_array_equal(forward(a, {"causal": True}).out,
-                                  forward(repeated, {"causal": True}).out)
+    np.testing.assert_array_equal(
+        forward(a, {"causal": True}).out, forward(repeated, {"causal": True}).out
+    )
     g, r = backward(a, {"causal": True}), backward(repeated, {"causal": True})
     near(g.dk, r.dk.reshape(2, 90, 2, 2, 24).sum(3))
     near(g.dv, r.dv.reshape(2, 90, 2, 2, 24).sum(3))

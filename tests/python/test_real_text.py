@@ -35,18 +35,22 @@ def last_layer():
     tokens = np.stack([np.frombuffer(data[at : at + SEQLEN], np.uint8) for at in (0, middle)])
     rng = np.random.default_rng(0)
     width = HEADS * HEAD_DIM
-    weight = lambda *shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)  # noqa: E731
+    weight = lambda *shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
     position = np.arange(SEQLEN)[:, None] / 10000 ** (np.arange(0, width, 2) / width)
     x = 2 * rng.standard_normal((256, width)).astype(np.float32)[tokens]
     x = x + np.concatenate([np.sin(position), np.cos(position)], axis=1).astype(np.float32)
     for layer in range(LAYERS):
         normal = x / np.sqrt((x * x).mean(-1, keepdims=True))
-        q, k, v = (np.ascontiguousarray((normal @ weight(width, width)).reshape(
-            2, SEQLEN, HEADS, HEAD_DIM)) for _ in range(3))
-        if layer == LAYERS - 1:
-            return q, k, v
-        out = fc.attention(q, k, v, causal=True)
-        x = x + out.reshape(x.shape) @ weight(width, width)
+        q, k, v = (
+            np.ascontiguousarray(
+                (normal @ weight(width, width)).reshape(2, SEQLEN, HEADS, HEAD_DIM)
+            )
+            for _ in range(3)
+        )
+        if layer < LAYERS - 1:
+            out = fc.attention(q, k, v, causal=True)
+            x = x + out.reshape(x.shape) @ weight(width, width)
+    return q, k, v
 
 
 def check(last_layer, convert):

@@ -1,4 +1,4 @@
-"""The reference itself: its gradients against finite differences, its bits against published ones."""
+"""The reference itself: gradients against finite differences, bits against published ones."""
 
 import numpy as np
 import pytest
@@ -39,8 +39,14 @@ def test_gradients_match_finite_differences(case):
         return (r.out * a["dout"]).sum() + (lse * a["dlse"]).sum()
 
     grads = reference.attention_backward(
-        wide["dout"], wide["q"], wide["k"], wide["v"], dlse=wide["dlse"],
-        precision=np.longdouble, **options)
+        wide["dout"],
+        wide["q"],
+        wide["k"],
+        wide["v"],
+        dlse=wide["dlse"],
+        precision=np.longdouble,
+        **options,
+    )
     step = np.longdouble(1e-5)
     for name, grad in zip(("q", "k", "v", "bias", "sinks"), grads):
         x = wide.get(name, options.get(name))
@@ -88,12 +94,18 @@ def test_philox_known_answers():
     assert words([0] * 4, (0, 0)) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     assert words([ones] * 4, (ones, ones)) == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
     assert words([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0)) == [
-        "d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
+        "d16cfe09",
+        "94fdcceb",
+        "5001e420",
+        "24126ea1",
+    ]
 
 
 def test_half_precision_is_less_exact():
     case = Case("any", dtype="bf16", b=1, q=40, k=60, d=32)
     a = case.arrays()
-    exact, half = (reference.attention(a["q"], a["k"], a["v"], precision=p).out
-                   for p in (np.float64, a["q"].dtype))
+    exact, half = (
+        reference.attention(a["q"], a["k"], a["v"], precision=p).out
+        for p in (np.float64, a["q"].dtype)
+    )
     assert 1e-4 < np.abs(exact - half).max() < 2e-2

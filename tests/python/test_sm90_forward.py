@@ -89,7 +89,7 @@ def test_poison_around_the_inputs_reaches_nothing(poison):
 
 
 def test_side_stream():
-    """Work goes to torch's current stream: inputs made there are seen, outputs are ordered there."""
+    """Work goes to torch's current stream: it sees what was made there, in order."""
     case = Case("stream", dtype="bf16", q=512, k=512, d=128, h=(8, 8))
     arrays, (q, k, v), want = run(case)
     stream = torch.cuda.Stream()
@@ -170,13 +170,20 @@ def test_what_is_not_built_is_refused_or_right(options):
     case = Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64)
     arrays = case.arrays()
     q, k, v = (on_gpu(arrays[name]) for name in "qkv")
-    make = {"mask": lambda s: np.arange(64).reshape(s) % 3 > 0,
-            "seqlens_k": lambda s: np.array([40], np.int32)}
-    host = {name: make.get(name, lambda s: np.ones(s, np.float32))(x)
-            if name in ("bias", "mask", "sinks", "alibi_slopes", "seqlens_k") else x
-            for name, x in options.items()}
-    device = {name: torch.from_numpy(x).cuda() if isinstance(x, np.ndarray) else x
-              for name, x in host.items()}
+    make = {
+        "mask": lambda s: np.arange(64).reshape(s) % 3 > 0,
+        "seqlens_k": lambda s: np.array([40], np.int32),
+    }
+    host = {
+        name: make.get(name, lambda s: np.ones(s, np.float32))(x)
+        if name in ("bias", "mask", "sinks", "alibi_slopes", "seqlens_k")
+        else x
+        for name, x in options.items()
+    }
+    device = {
+        name: torch.from_numpy(x).cuda() if isinstance(x, np.ndarray) else x
+        for name, x in host.items()
+    }
     try:
         result = fc.attention(q, k, v, **device, return_lse=True)
     except fc.UnsupportedError as e:

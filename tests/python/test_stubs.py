@@ -57,6 +57,10 @@ fc.set_num_threads("four")
 def test_mypy_reads_the_types(tmp_path, code, errors):
     program = tmp_path / "program.py"
     program.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", str(program)],
-                          capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", str(program)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.stdout.count("error:") == errors, done.stdout

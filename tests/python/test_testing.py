@@ -15,10 +15,12 @@ def test_plain_attention_passes(dtype):
     a = case.arrays()
     plain = reference.attention(a["q"], a["k"], a["v"], precision=a["q"].dtype, causal=True)
     out = plain.out.astype(a["q"].dtype)
-    testing.assert_close_to_reference((out, plain.lse, plain.max_logits), a["q"], a["k"], a["v"],
-                                      causal=True)
-    grads = reference.attention_backward(a["dout"], a["q"], a["k"], a["v"],
-                                         precision=a["q"].dtype, causal=True)
+    testing.assert_close_to_reference(
+        (out, plain.lse, plain.max_logits), a["q"], a["k"], a["v"], causal=True
+    )
+    grads = reference.attention_backward(
+        a["dout"], a["q"], a["k"], a["v"], precision=a["q"].dtype, causal=True
+    )
     grads = [None if g is None else g.astype(a["q"].dtype) for g in grads]
     testing.assert_grads_close_to_reference(grads, a["dout"], a["q"], a["k"], a["v"], causal=True)
 

@@ -8,9 +8,11 @@ from helpers import backward, forward, run_python, same_bits
 
 import flashcore as fc
 
-MIX = [cases.Case("mix", dtype=dtype, q=q, k=k, causal=causal, h=(4, 2), d=d)
-       for dtype in ("f32", "bf16") for q, k, causal, d in
-       ((100, 130, True, 64), (1, 900, False, 32), (300, 60, False, 24))]
+MIX = [
+    cases.Case("mix", dtype=dtype, q=q, k=k, causal=causal, h=(4, 2), d=d)
+    for dtype in ("f32", "bf16")
+    for q, k, causal, d in ((100, 130, True, 64), (1, 900, False, 32), (300, 60, False, 24))
+]
 
 
 def both(case):
@@ -79,12 +81,15 @@ def test_safe_after_fork():
     assert run_python(FORK, timeout=60).split() == ["[0,", "0,", "0]"]
 
 
-@pytest.mark.parametrize("variables,threads", [
-    ({"FLASHCORE_NUM_THREADS": "3"}, 3),
-    ({"OMP_NUM_THREADS": "4"}, 4),
-    ({"FLASHCORE_NUM_THREADS": "2", "OMP_NUM_THREADS": "7"}, 2),
-    ({"OMP_NUM_THREADS": "3,2"}, 3),
-])
+@pytest.mark.parametrize(
+    "variables,threads",
+    [
+        ({"FLASHCORE_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "4"}, 4),
+        ({"FLASHCORE_NUM_THREADS": "2", "OMP_NUM_THREADS": "7"}, 2),
+        ({"OMP_NUM_THREADS": "3,2"}, 3),
+    ],
+)
 def test_environment(variables, threads):
     clean = {"FLASHCORE_NUM_THREADS": "", "OMP_NUM_THREADS": ""}
     code = "import flashcore as fc; print(fc.get_num_threads())"

@@ -21,27 +21,41 @@ def test_backward_matches_reference(case):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_the_sequences_one_by_one(dtype, causal):
-    case = cases.Case("one by one", dtype=dtype, packed_q=(5, 130, 1, 64), h=(4, 2),
-                      packed_k=(9, 200, 31, 64), causal=causal)
+    case = cases.Case(
+        "one by one",
+        dtype=dtype,
+        packed_q=(5, 130, 1, 64),
+        h=(4, 2),
+        packed_k=(9, 200, 31, 64),
+        causal=causal,
+    )
     a, o = case.arrays(), case.options()
     whole, grads = forward(a, o), backward(a, o)
     for rows, keys in _spans(o):
-        one = {"q": a["q"][None, rows], "k": a["k"][None, keys], "v": a["v"][None, keys],
-               "dout": a["dout"][None, rows]}
+        one = {
+            "q": a["q"][None, rows],
+            "k": a["k"][None, keys],
+            "v": a["v"][None, keys],
+            "dout": a["dout"][None, rows],
+        }
         alone = forward(one, {"causal": causal})
         assert same_bits(whole.out[rows], alone.out[0])
         assert same_bits(whole.lse[:, rows], alone.lse[0])
         g = backward(one, {"causal": causal}, result=alone)
-        assert same_bits((grads.dq[rows], grads.dk[keys], grads.dv[keys]),
-                         (g.dq[0], g.dk[0], g.dv[0]))
+        assert same_bits(
+            (grads.dq[rows], grads.dk[keys], grads.dv[keys]), (g.dq[0], g.dk[0], g.dv[0])
+        )
 
 
 def test_max_seqlen_bounds_change_nothing():
     case = cases.Case("bounds", packed_q=(5, 64, 130), packed_k=(7, 64, 100), causal=True)
     a, o = case.arrays(), case.options()
     exact = forward(a, o)
-    for bound in ({"max_seqlen_q": 130, "max_seqlen_k": 100}, {"max_seqlen_q": 194},
-                  {"max_seqlen_k": 171}):
+    for bound in (
+        {"max_seqlen_q": 130, "max_seqlen_k": 100},
+        {"max_seqlen_q": 194},
+        {"max_seqlen_k": 171},
+    ):
         assert same_bits(tuple(forward(a, {**o, **bound})), tuple(exact))
 
 
@@ -50,13 +64,18 @@ def test_padded_equals_packed():
     lengths_q, lengths_k = (30, 0, 17), (41, 5, 50)
     packed = cases.Case("packed", packed_q=lengths_q, packed_k=lengths_k, causal=True)
     a, o = packed.arrays(), packed.options()
-    padded = {name: np.full((3, 50) + a[name].shape[1:], np.nan, np.float32)
-              for name in ("q", "k", "v", "dout")}
+    padded = {
+        name: np.full((3, 50) + a[name].shape[1:], np.nan, np.float32)
+        for name in ("q", "k", "v", "dout")
+    }
     for b, (rows, keys) in enumerate(_spans(o)):
         for name, span in (("q", rows), ("k", keys), ("v", keys), ("dout", rows)):
             padded[name][b, : span.stop - span.start] = a[name][span]
-    options = {"causal": True, "seqlens_q": np.array(lengths_q, np.int32),
-               "seqlens_k": np.array(lengths_k, np.int32)}
+    options = {
+        "causal": True,
+        "seqlens_q": np.array(lengths_q, np.int32),
+        "seqlens_k": np.array(lengths_k, np.int32),
+    }
     one, other = forward(a, o), forward(padded, options)
     g_one, g_other = backward(a, o), backward(padded, options, result=other)
     for b, (rows, keys) in enumerate(_spans(o)):
@@ -93,5 +112,6 @@ def test_a_large_padded_batch():
 
 def _spans(options):
     cu_q, cu_k = options["cu_seqlens_q"], options["cu_seqlens_k"]
-    return [(slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1]))
-            for b in range(len(cu_q) - 1)]
+    return [
+        (slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])) for b in range(len(cu_q) - 1)
+    ]

@@ -1,4 +1,4 @@
-/* The three ways a program can meet two dlpack headers; MODE says which. Included from C and C++. */
+/* The three ways a program can meet two dlpack headers. MODE says which; for C and C++. */
 #if MODE == 1 /* flashcore.h, then another package's header */
 #include "flashcore/flashcore.h"
 
