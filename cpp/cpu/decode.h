@@ -62,8 +62,8 @@ template <class E>
 struct DecodeTiles {
   using T = Real<E>;
   using U = Operand<E>;
-  static constexpr int kChunk =
-      256;  // keys at a time: K and V of it stay in the second-level cache
+  // Keys at a time: their K and V stay in the second-level cache.
+  static constexpr int kChunk = 256;
   int64_t ldq, ldo;
   U* q;
   T *s, *o, *row_max, *row_sum, *correction;

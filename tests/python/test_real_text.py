@@ -41,12 +41,14 @@ def last_layer():
     x = x + np.concatenate([np.sin(position), np.cos(position)], axis=1).astype(np.float32)
     for layer in range(LAYERS):
         normal = x / np.sqrt((x * x).mean(-1, keepdims=True))
+        sharpness = np.array([1, 1, 2, 4], np.float32).reshape(HEADS, 1)  # heads differ
         q, k, v = (
             np.ascontiguousarray(
                 (normal @ weight(width, width)).reshape(2, SEQLEN, HEADS, HEAD_DIM)
             )
             for _ in range(3)
         )
+        q *= sharpness
         if layer < LAYERS - 1:
             out = fc.attention(q, k, v, causal=True)
             x = x + out.reshape(x.shape) @ weight(width, width)
