@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     cells: list[Cell] = []
+    result = {
+        "device": cpu_name(),
+        "versions": versions(),
+        "peaks": cpu_peaks(),
+        "cells": cells,
+    }
+    path = options.out / options.name
     cores = len(os.sched_getaffinity(0))
     for threads in options.threads:
         if threads > cores:
@@ -59,17 +66,12 @@ def run(options: argparse.Namespace) -> None:
                         for peer, sample in samples.items()
                     )
                     print(line(p, direction, threads, samples), flush=True)
+                    save(result, path)  # a run that is cut short keeps what it has
         workers.close()
-    result = {
-        "device": cpu_name(),
-        "versions": versions(),
-        "peaks": cpu_peaks(),
-        "cells": cells,
-    }
-    save(result, options.out / options.name)
     if not options.no_side_effects:
         result |= side_effects.measure()
-        save(result, options.out / options.name)
+        save(result, path)
+    plots.cpu(result, path.with_suffix(".png"))
     print(markdown(result))
 
 
@@ -77,7 +79,6 @@ def save(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-    plots.cpu(result, path.with_suffix(".png"))
 
 
 def record(p: Problem, direction: str, threads: int, peer: str, s: Sample) -> Cell:

@@ -25,7 +25,6 @@ step clang-format clang_format
 step "ruff check" $bin/ruff check --quiet .
 step "ruff format" $bin/ruff format --check --quiet .
 step mypy $bin/mypy
-step "type stubs" $bin/python -m mypy.stubtest flashcore._core --ignore-missing-stub
 step "support table" $bin/python scripts/support_table.py --check
 step "no machine paths" no_machine_paths
 step "no binaries" no_binaries

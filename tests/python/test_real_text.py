@@ -39,9 +39,9 @@ def last_layer():
     position = np.arange(SEQLEN)[:, None] / 10000 ** (np.arange(0, width, 2) / width)
     x = 2 * rng.standard_normal((256, width)).astype(np.float32)[tokens]
     x = x + np.concatenate([np.sin(position), np.cos(position)], axis=1).astype(np.float32)
+    sharpness = np.array([1, 1, 2, 4], np.float32).reshape(HEADS, 1)  # a factor on each head's q
     for layer in range(LAYERS):
         normal = x / np.sqrt((x * x).mean(-1, keepdims=True))
-        sharpness = np.array([1, 1, 2, 4], np.float32).reshape(HEADS, 1)  # heads differ
         q, k, v = (
             np.ascontiguousarray(
                 (normal @ weight(width, width)).reshape(2, SEQLEN, HEADS, HEAD_DIM)
