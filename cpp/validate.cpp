@@ -470,13 +470,14 @@ Problem validate(const flashcore_attention_backward_args* raw, Stage stage) {
       if (a.size(i) != args.bias->shape[i])
         fail("dbias must have bias's shape, got ", show(*b.dbias), " for bias ", show(*args.bias));
     require_writable_layout(a);
+    if (a.empty()) p.dbias = {};  // nothing to write
   }
   if (b.dsinks) {
     if (!p.sinks) fail("dsinks was given but the call has no sinks");
     p.dsinks = const_cast<float*>(
         static_cast<const float*>(read_vector("dsinks", b.dsinks, p.num_heads_q, kDLFloat, 32, p)));
   }
-  if (run && !p.dq && !p.dk && !p.dv && !p.dbias && !p.dsinks)
+  if (run && !b.dq && !b.dk && !b.dv && !b.dbias && !b.dsinks)
     fail("no gradient was asked for: give at least one of dq, dk, dv, dbias, dsinks");
   p.accumulate = b.accumulate != 0;
   return p;

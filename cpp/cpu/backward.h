@@ -111,9 +111,8 @@ class Backward {
     // Rows of dbias to clear: each stored row once.
     int64_t dbias_rows(const Problem& p) const {
       if (!p.dbias || p.accumulate) return 0;
-      return (join_batch ? min_of<int64_t>(p.batch, 1) : p.batch) *
-             (join_heads ? 1 : p.num_heads_q) *
-             (p.dbias.row_stride == 0 ? min_of<int64_t>(p.seqlen_q, 1) : p.seqlen_q);
+      return (join_batch ? 1 : p.batch) * (join_heads ? 1 : p.num_heads_q) *
+             (p.dbias.row_stride == 0 ? 1 : p.seqlen_q);
     }
   };
 
@@ -259,8 +258,7 @@ class Backward {
     int64_t const heads = shape.join_heads ? 1 : p.num_heads_q;
     T* const x = static_cast<T*>(p.dbias.data) +
                  offset_of(p.dbias, row / rows / heads, row / rows % heads, row % rows, 0);
-    for (int64_t j = 0; j < (shape.join_keys ? min_of<int64_t>(p.seqlen_k, 1) : p.seqlen_k); ++j)
-      x[j * p.dbias.col_stride] = 0;
+    for (int64_t j = 0; j < (shape.join_keys ? 1 : p.seqlen_k); ++j) x[j * p.dbias.col_stride] = 0;
   }
 
   // ---- phase 1 ----------------------------------------------------------------------------------

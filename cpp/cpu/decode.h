@@ -226,8 +226,8 @@ class DecodeTask {
                                min_of((split + 1) * keys, limits_[rows_ - 1].last)};
     start_rows();
     for (int64_t c = split * keys; c < range.last; c += kChunk) {
-      if (c + kChunk <= range.first) continue;
-      chunk({max_of(c, range.first), min_of(c + kChunk, range.last)});
+      tile::KeyRange const part{max_of(c, range.first), min_of(c + kChunk, range.last)};
+      if (!part.empty()) chunk(part);
     }
     T* partial = shape_.partial(shared_, head_index(), split);
     for (int r = 0; r < rows_; ++r, partial += shape_.row_stride()) {

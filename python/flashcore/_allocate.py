@@ -38,7 +38,9 @@ def torch_allocator() -> Allocator:
             with on_stream(like.device, stream):
                 return allocate(like, shape, dtype, zero, None)
         if shape is None:
-            return torch.zeros_like(like) if zero else torch.empty_like(like)
+            made = torch.zeros_like(like) if zero else torch.empty_like(like)
+            # The order of an expanded tensor need not end with its last dimension.
+            return made if made.stride(-1) == 1 else made.contiguous()
         make = torch.zeros if zero else torch.empty
         return make(shape, dtype=getattr(torch, dtype), device=like.device)
 
@@ -51,7 +53,9 @@ def numpy_allocator() -> Allocator:
     def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
         if shape is None:
             make_like = np.zeros_like if zero else np.empty_like
-            return make_like(like, subok=False)
+            made = make_like(like, subok=False)
+            # The order of a broadcast array need not end with its last dimension.
+            return made if made.strides[-1] == made.itemsize else np.ascontiguousarray(made)
         return (np.zeros if zero else np.empty)(shape, _numpy_dtype(dtype))
 
     return allocate
@@ -81,7 +85,8 @@ def cupy_allocator() -> Allocator:
             if stream is not None:
                 scope.enter_context(on_stream(stream, like.device.id))
             if shape is None:
-                return cupy.zeros_like(like) if zero else cupy.empty_like(like)
+                made = cupy.zeros_like(like) if zero else cupy.empty_like(like)
+                return made if made.strides[-1] == made.itemsize else cupy.ascontiguousarray(made)
             return (cupy.zeros if zero else cupy.empty)(shape, _numpy_dtype(dtype))
 
     return allocate

@@ -188,6 +188,7 @@ OPTIONS = [
     Case("keys left of the window are skipped", window=(37, None)),
     Case("keys right of the window are skipped", window=(None, 12)),
     Case("a band narrower than a tile", window=(5, 3)),
+    Case("one row whose window lies past every key", q=1, k=9, window=(2, None), q_offset=20),
     Case("the diagonal alone", window=(0, 0), q=70, k=70),
     Case("causal and window share one diagonal", causal=True, window=(40, None)),
     Case("top-left diagonal, more keys than rows", causal=True, align="top_left"),
@@ -372,6 +373,7 @@ GROUPS = [
 
 EMPTY = [
     Case("no batch", b=0, q=5, k=7),
+    Case("no batch, and a bias that all share: its gradient is zero", b=0, q=5, k=7, bias="qk"),
     Case("no rows", q=0, k=7),
     Case("no keys: zeros and -inf", q=5, k=0),
     Case("no keys, causal", q=5, k=0, causal=True),
