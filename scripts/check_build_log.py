@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 REMARK = re.compile(r"Potential Performance Loss|\bC7508\b|\bC75(1\d|20)\b")
-WARNED_SPILL = re.compile(r"Registers are spilled|\bspilled to local memory\b", re.I)
+WARNED_LISTED = re.compile(r"flashcore: (\d+) kernels from")
+SPILL = re.compile(r"Registers are spilled|\bspilled to local memory\b", re.I)
 ENTRY = re.compile(r"(?:Compiling entry function|Function properties for) '?([\w$]+)")
+LISTED = re.compile(r"flashcore: (\d+) kernels from")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -45,8 +47,12 @@ def main(log: str) -> None:
     refused = [line for line in bad if not any(p.search(line) for p in accepted)]
     for line in refused:
         print(f"build log: {line}")
-    if "flashcore: CUDA backends ON" in text and kernels == 0:
-        sys.exit("build log: CUDA was built but no kernel is reported on; ptxas needs -v")
+    expected = sum(int(n) for n in LISTED.findall(text))
+    if kernels < expected:
+        sys.exit(
+            f"build log: {expected} CUDA kernels are compiled but {kernels} are reported on: "
+            "an incremental build (remove build/wheel), or ptxas without -v"
+        )
     print(
         f"build log: {kernels} CUDA kernels, {len(refused)} complaints, "
         f"{len(bad) - len(refused)} accepted"

@@ -97,7 +97,8 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
     if (d.size % 8 != 0)
       return text(d.name, " must be a multiple of 8, got ", d.size, ": pad to ",
                   round_up<int64_t>(d.size, 8));
-    if (d.size > c.head_dim) return text("takes head dims up to ", c.head_dim, ", got ", d.size);
+    if (d.size > c.head_dim)
+      return text("takes a ", d.name, " up to ", c.head_dim, ", got ", d.size);
   }
   if (std::string why = unbuilt(p); !why.empty()) return why;
   if (c.mask == Mask::none && p.window.right < tile::Window::kOpen) return "has no causal mask";
