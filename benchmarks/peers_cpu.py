@@ -87,7 +87,7 @@ class Flashcore(Peer):
         dtype: Any = p.dtype
         if p.dtype == "bfloat16":
             dtype = need("ml_dtypes").bfloat16
-        return {name: bhsd(a).astype(dtype) for name, a in x.items()}
+        return {name: bhsd(a).astype(dtype, copy=False) for name, a in x.items()}
 
     def forward(self, p: Problem, x: Arrays) -> Timed:
         a = self.arrays(p, x)

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 REMARK = re.compile(r"Potential Performance Loss|\bC7508\b|\bC75(1\d|20)\b")
-WARNED_LISTED = re.compile(r"flashcore: (\d+) kernels from")
-SPILL = re.compile(r"Registers are spilled|\bspilled to local memory\b", re.I)
+WARNED_SPILL = re.compile(r"Registers are spilled|\bspilled to local memory\b", re.I)
 ENTRY = re.compile(r"(?:Compiling entry function|Function properties for) '?([\w$]+)")
 LISTED = re.compile(r"flashcore: (\d+) kernels from")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")

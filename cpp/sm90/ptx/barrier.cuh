@@ -1,6 +1,7 @@
 // mbarriers, named barriers and proxy fences. One instruction, one function.
 #pragma once
 #include <cstdint>
+#include <cstdio>
 
 #include "common/types.h"
 
@@ -43,9 +44,9 @@ struct alignas(8) Barrier {
     return done != 0;
   }
   FC_DEVICE void wait(uint32_t parity) const {
-#ifdef FLASHCORE_WATCHDOG  // turns a hang into a trap that names the barrier
-    for (uint32_t polls = 0; !try_wait(parity); ++polls)
-      if (polls > (1u << 22)) {
+#ifdef FLASHCORE_WATCHDOG  // turns a hang into a trap that names the barrier, after about 2 s
+    for (long long const start = clock64(); !try_wait(parity);)
+      if (clock64() - start > 4000000000ll) {
         printf("flashcore watchdog: block %d thread %d waits for barrier at %u, parity %u\n",
                blockIdx.x, threadIdx.x, smem_address(this), parity);
         __trap();
