@@ -252,10 +252,8 @@ class DecodeTask {
       for (int64_t x = 0; x < ranges; ++x) {
         const T* part = partial(x);
         if (part[t_.ldo] == kMinusInf<T>) continue;
-        // Both powers as softmax_strip rounded them.
-        T const factor =
-            static_cast<T>(__builtin_exp2(static_cast<double>(part[t_.ldo] * units_.scale_log2) -
-                                          static_cast<double>(row_max * units_.scale_log2)));
+        T const factor = static_cast<T>(
+            __builtin_exp2(static_cast<double>((part[t_.ldo] - row_max) * units_.scale_log2)));
         sum += part[t_.ldo + 1] * factor;
         for (int64_t i = 0; i < t_.ldo; i += lanes)
           store(t_.o + i, load(t_.o + i) + load(part + i) * factor);

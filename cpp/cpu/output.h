@@ -43,8 +43,8 @@ void write_output(const ScoreContext& c, const ScoreUnits<T>& units, int64_t hea
                   T row_max, T sum, const T* o) {
   const Problem& p = c.p;
   bool const valid = index < c.seq.seqlen_q;
-  RowResult const x = finish_row(row_max, sum, units.scale_log2, units.natural,
-                                 valid && p.sinks ? p.sinks + head : nullptr);
+  RowResult const x =
+      finish_row(row_max, sum, units.natural, valid && p.sinks ? p.sinks + head : nullptr);
   int64_t const row = c.seq.q_begin + index;
   T const out_scale = static_cast<T>(x.out_scale * p.dropout_scale);
   if (sizeof(E) == 2 && p.out.dtype == DType::f32)

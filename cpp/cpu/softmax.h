@@ -2,8 +2,9 @@
 //
 // Scores s are kept in the units q·k comes in; scale_log2 turns them into powers of two. A row's
 // state is its running maximum, and the sum of its P in kLanes partial sums (added up once, at the
-// end). The power of the maximum is rounded once, in `base`, and every P of the row is taken
-// relative to that rounded value, so that rounding cancels however large the scores are.
+// end). P = 2^((s - row_max) * scale_log2): the subtraction comes first, because a fused
+// s * scale_log2 - row_max * scale_log2 keeps the rounding of one product but not of the other, and
+// overflows when scores are so large that this rounding is.
 #pragma once
 #include "cpu/gemm.h"
 
@@ -20,9 +21,11 @@ constexpr T kMinusInf = -__builtin_huge_val();
 constexpr int kStripState = 16;
 static_assert(kTileM <= kStripState && kStripState % kLanes<float> == 0);
 
+// What scores are taken relative to: a row that sees no key yet has row_max = -inf, and -inf - -inf
+// would be NaN.
 template <class T>
-FC_INLINE Vec<T> power_of_max(Vec<T> row_max, Vec<T> scale_log2) {
-  return row_max == kMinusInf<T> ? Vec<T>{} : row_max * scale_log2;
+FC_INLINE Vec<T> finite_max(Vec<T> row_max) {
+  return row_max == kMinusInf<T> ? Vec<T>{} : row_max;
 }
 
 // S -> P in place for `rows` rows of n columns, n a multiple of kTileN vectors or less than that.
@@ -52,10 +55,10 @@ bool softmax_strip(T* s, int64_t lds, int rows, int64_t n, T scale_log2, T* row_
   for (int r = 0; r < rows; r += lanes) {
     Vec<T> const old = load(old_max + r);
     Vec<T> const now = max(old, load(max_now + r));
-    Vec<T> const power = power_of_max<T>(now, splat(scale_log2));
+    Vec<T> const reference = finite_max<T>(now);
     store(max_now + r, now);
-    store(base + r, power);
-    store(factor + r, exp2(old * scale_log2 - power));
+    store(base + r, reference);
+    store(factor + r, exp2((old - reference) * scale_log2));
   }
   for (int r = 0; r < rows; ++r) {
     row_max[r] = max_now[r];
@@ -64,19 +67,19 @@ bool softmax_strip(T* s, int64_t lds, int rows, int64_t n, T scale_log2, T* row_
   }
   for (int r = 0; r < rows; ++r) {
     T* row = s + r * lds;
-    Vec<T> const power = splat(base[r]);
+    Vec<T> const reference = splat(base[r]);
     Vec<T> sum = load(row_sum + r * lanes) * factor[r];
     if constexpr (kNarrow) {
       auto* pairs = reinterpret_cast<BF16x2*>(row);  // behind what is still to be read
       for (int64_t j = 0; j < n; j += 2 * lanes) {
-        Vec<T> const a = exp2(load(row + j) * scale_log2 - power);
-        Vec<T> const b = exp2(load(row + j + lanes) * scale_log2 - power);
+        Vec<T> const a = exp2((load(row + j) - reference) * scale_log2);
+        Vec<T> const b = exp2((load(row + j + lanes) - reference) * scale_log2);
         sum += a + b;
         store(&pairs[j / 2].bits, to_bf16x2(a, b));
       }
     } else {
       for (int64_t j = 0; j < n; j += lanes) {
-        Vec<T> const a = exp2(load(row + j) * scale_log2 - power);
+        Vec<T> const a = exp2((load(row + j) - reference) * scale_log2);
         sum += a;
         store(row + j, a);
       }
@@ -93,18 +96,13 @@ struct RowResult {
   double out_scale;  // 0 where no key is visible
 };
 
-// sum: of P relative to the rounded power of row_max. score_scale: of row_max, to natural units.
+// score_scale: of row_max, to natural units.
 template <class T>
-RowResult finish_row(T row_max, T sum, T scale_log2, double score_scale, const float* sink) {
+RowResult finish_row(T row_max, T sum, double score_scale, const float* sink) {
   RowResult x{kMinusInf<double>, kMinusInf<double>, 0.0};
   if (row_max != kMinusInf<T>) {
-    double const power = static_cast<double>(row_max) * static_cast<double>(scale_log2);
-    double const rounded = static_cast<T>(row_max * scale_log2);
     x.max_logit = static_cast<double>(row_max) * score_scale;
     x.lse = x.max_logit + __builtin_log(static_cast<double>(sum));
-    // s * scale_log2 - base was not rounded before the subtraction, so the P of the maximum itself
-    // is not quite 1.
-    if (kFusedMultiplyAdd) x.lse -= (power - rounded) * kLn2;
     x.out_scale = 1.0;
   }
   if (sink && *sink != kMinusInf<float>) {

@@ -27,12 +27,6 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kFusedMultiplyAdd = true;  // a * b + c rounds once
-#else
-constexpr bool kFusedMultiplyAdd = false;
-#endif
-
 #if defined(__AVX512BF16__)
 constexpr bool kNativeBf16 = true;  // vdpbf16ps: pairs of bf16 multiplied, summed in float32
 #else
