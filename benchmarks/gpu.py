@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from math import exp, log
@@ -224,6 +225,9 @@ def nvidia_smi(field: str) -> str:
 
 
 def commit() -> str:
+    """Of this tree; FLASHCORE_COMMIT names it where there is no git to ask."""
+    if given := os.environ.get("FLASHCORE_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
