@@ -1,5 +1,6 @@
 // The C ABI: validate -> select -> launch. The only file that knows every step.
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "common/device_info.h"
@@ -26,13 +27,16 @@ flashcore_status guarded(Body body) noexcept {
   } catch (const Failure& f) {
     last_error = f.what();
     return f.status;
+  } catch (const std::bad_alloc&) {
+    last_error = "out of host memory";
+    return FLASHCORE_DEVICE_ERROR;
   } catch (const std::exception& e) {
     last_error = e.what();
     return FLASHCORE_INTERNAL_ERROR;
   }
 }
 
-// Fills as much of a caller's structure as the caller knows: struct_size is theirs.
+// Fills a caller's structure, whose struct_size says which version of it they were compiled with.
 template <class T>
 void give(T* to, T value, const char* what) {
   if (!to) throw Failure(FLASHCORE_INVALID_ARGUMENT, text(what, " is NULL"));

@@ -57,6 +57,8 @@ inline std::string device_name(int type, int id) {
 
 // "float32[2,1024,16,64]"
 inline std::string show(const DLTensor& t) {
+  constexpr int kMostShown = 8;  // ndim may be anything in a damaged structure
+  if (t.ndim < 0 || t.ndim > kMostShown) return text(type_name(t.dtype), " with ndim ", t.ndim);
   std::string s = type_name(t.dtype) + "[";
   for (int d = 0; d < t.ndim; ++d) s += text(d ? "," : "", t.shape[d]);
   return s + "]";
@@ -91,6 +93,7 @@ inline int device_type_of(const DLTensor& t) {
 }
 
 inline constexpr int64_t kMaxExtent = INT32_MAX;  // positions are 32-bit inside the kernels
+inline constexpr int64_t kMaxElements = int64_t{1} << 48;  // more than fits any memory
 
 // One argument: its name for messages, its tensor, and its strides in elements.
 struct Arg {
@@ -125,7 +128,8 @@ inline Arg read(const char* name, const DLTensor* tensor, int ndim, const char* 
     if (n < 0 || n > kMaxExtent)
       fail(name, " has an extent outside 0..", kMaxExtent, ": ", show(*tensor));
     arg.stride[d] = n > 1 ? packed : 0;
-    packed *= max_of<int64_t>(n, 1);
+    if (__builtin_mul_overflow(packed, max_of<int64_t>(n, 1), &packed) || packed > kMaxElements)
+      fail(name, " has more than 2^48 elements: ", show(*tensor));
   }
   // Producers leave anything in dimensions of size 1 and in tensors without elements.
   if (tensor->strides && !arg.empty())

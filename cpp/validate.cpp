@@ -1,9 +1,11 @@
 #include "validate.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
 #include "argument.h"
+#include "overlap.h"
 
 namespace flashcore {
 namespace {
@@ -249,7 +251,7 @@ void refuse_unbuilt(const flashcore_attention_args& args) {
                 "pass float16, bfloat16 or float32 tensors");
 }
 
-// A structure from a program compiled against this or an older header, zero-extended.
+// The caller's structure. There is one version of each so far; an older one will be zero-extended.
 template <class Args>
 Args read_struct(const Args* args, const char* what) {
   if (!args) fail(what, " is NULL");
@@ -347,7 +349,10 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
 
   // the score
   p.scale = args.scale ? *args.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim));
-  if (!std::isfinite(p.scale)) fail("scale must be finite, got ", p.scale);
+  double const size = std::fabs(p.scale);
+  if (!(size == 0.0 || std::isnormal(size)) ||
+      (p.dtype != DType::f64 && size != 0.0 && (size < FLT_MIN || size > FLT_MAX)))
+    fail("scale must be finite and 0 or a normal ", dtype_name(wide(p.dtype)), ", got ", p.scale);
   p.softcap = args.softcap;
   if (!(p.softcap >= 0.0) || !std::isfinite(p.softcap))
     fail("softcap must be finite and >= 0 (0 = off), got ", p.softcap);
@@ -404,10 +409,25 @@ void read_common(const flashcore_attention_args& args, Problem& p) {
   p.num_threads = args.num_threads;
 }
 
-void refuse_aliasing(const Problem& p, const char* name, const Rows& output) {
-  if (output && output.data != Arg::nothing &&
-      (output.data == p.q.data || output.data == p.k.data || output.data == p.v.data))
-    fail(name, " shares memory with an input: flashcore cannot run in place");
+// No output may share memory with an input or another output. Tensors that were not given are null.
+struct Named {
+  const char* name;
+  const DLTensor* tensor;
+};
+void refuse_sharing(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
+  auto arg = [](const Named& n) { return read(n.name, n.tensor, n.tensor->ndim, ""); };
+  for (const Named& output : outputs) {
+    if (!output.tensor) continue;
+    Arg const a = arg(output);
+    if (overlaps_itself(a))
+      fail(a.name, " is an output whose rows overlap (", show(*a.tensor), ")");
+    for (const Named& input : inputs)
+      if (input.tensor && overlap(a, arg(input)))
+        fail(a.name, " shares memory with ", input.name, ": flashcore cannot run in place");
+    for (const Named& other : outputs)
+      if (&other != &output && other.tensor && overlap(a, arg(other)))
+        fail(a.name, " shares memory with ", other.name, ": every output needs its own");
+  }
 }
 
 }  // namespace
@@ -424,10 +444,17 @@ Problem validate(const flashcore_attention_args* raw, Stage stage) {
   if (args.out || stage == Stage::run)
     p.out = read_rows("out", args.out, d, p, rows, p.num_heads_q, p.head_dim_v, /*output=*/true,
                       {p.dtype, wide(p.dtype)});
-  refuse_aliasing(p, "out", p.out);
   if (args.lse) p.lse = read_stats("lse", args.lse, packed, p, /*output=*/true);
   if (args.max_logits)
     p.max_logits = read_stats("max_logits", args.max_logits, packed, p, /*output=*/true);
+  refuse_sharing({{"out", args.out}, {"lse", args.lse}, {"max_logits", args.max_logits}},
+                 {{"q", args.q},
+                  {"k", args.k},
+                  {"v", args.v},
+                  {"bias", args.bias},
+                  {"mask", args.mask},
+                  {"alibi_slopes", args.alibi_slopes},
+                  {"sinks", args.sinks}});
   return p;
 }
 
@@ -458,9 +485,6 @@ Problem validate(const flashcore_attention_backward_args* raw, Stage stage) {
   if (b.dq) p.dq = rows("dq", b.dq, rows_q, p.num_heads_q, p.head_dim, /*output=*/true);
   if (b.dk) p.dk = rows("dk", b.dk, rows_k, p.num_heads_kv, p.head_dim, /*output=*/true);
   if (b.dv) p.dv = rows("dv", b.dv, rows_k, p.num_heads_kv, p.head_dim_v, /*output=*/true);
-  refuse_aliasing(p, "dq", p.dq);
-  refuse_aliasing(p, "dk", p.dk);
-  refuse_aliasing(p, "dv", p.dv);
   if (b.dbias) {
     if (!p.bias) fail("dbias was given but the call has no bias");
     Arg const a = read("dbias", b.dbias, 4, "shaped like bias");
@@ -479,6 +503,19 @@ Problem validate(const flashcore_attention_backward_args* raw, Stage stage) {
   }
   if (run && !b.dq && !b.dk && !b.dv && !b.dbias && !b.dsinks)
     fail("no gradient was asked for: give at least one of dq, dk, dv, dbias, dsinks");
+  refuse_sharing(
+      {{"dq", b.dq}, {"dk", b.dk}, {"dv", b.dv}, {"dbias", b.dbias}, {"dsinks", b.dsinks}},
+      {{"q", args.q},
+       {"k", args.k},
+       {"v", args.v},
+       {"out", args.out},
+       {"lse", args.lse},
+       {"dout", b.dout},
+       {"dlse", b.dlse},
+       {"bias", args.bias},
+       {"mask", args.mask},
+       {"alibi_slopes", args.alibi_slopes},
+       {"sinks", args.sinks}});
   p.accumulate = b.accumulate != 0;
   return p;
 }

@@ -251,7 +251,7 @@ class DecodeTask {
       for (int64_t i = 0; i < t_.ldo; ++i) t_.o[i] = 0;
       for (int64_t x = 0; x < ranges; ++x) {
         const T* part = partial(x);
-        if (part[t_.ldo] == kMinusInf<T>) continue;
+        if (part[t_.ldo] == kMinusInf<T> && part[t_.ldo + 1] == 0) continue;  // saw no key, no NaN
         T const factor = static_cast<T>(
             __builtin_exp2(static_cast<double>((part[t_.ldo] - row_max) * units_.scale_log2)));
         sum += part[t_.ldo + 1] * factor;

@@ -10,8 +10,13 @@ namespace {
 template <class T>
 void merge_row(const MergeProblem& p, int64_t b, int64_t h, int64_t i) {
   T largest = -__builtin_inf();
-  for (int s = 0; s < p.count; ++s) largest = max_of(largest, *row_of<T>(p.lses[s], b, h, i));
-  bool const empty = largest == -static_cast<T>(__builtin_inf());
+  bool nan = false;  // which max_of passes over
+  for (int s = 0; s < p.count; ++s) {
+    T const lse = *row_of<T>(p.lses[s], b, h, i);
+    nan |= lse != lse;
+    largest = max_of(largest, lse);
+  }
+  bool const empty = largest == -static_cast<T>(__builtin_inf()) && !nan;
   T sum = 0;
   if (!empty)
     for (int s = 0; s < p.count; ++s) {

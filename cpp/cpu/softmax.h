@@ -100,9 +100,11 @@ struct RowResult {
 template <class T>
 RowResult finish_row(T row_max, T sum, double score_scale, const float* sink) {
   RowResult x{kMinusInf<double>, kMinusInf<double>, 0.0};
-  if (row_max != kMinusInf<T>) {
+  bool const poisoned = sum != sum;  // max passes over NaN, a sum does not
+  if (row_max != kMinusInf<T> || poisoned) {
     x.max_logit = static_cast<double>(row_max) * score_scale;
     x.lse = x.max_logit + __builtin_log(static_cast<double>(sum));
+    if (poisoned && row_max < -kMinusInf<T>) x.max_logit = sum;
     x.out_scale = 1.0;
   }
   if (sink && *sink != kMinusInf<float>) {

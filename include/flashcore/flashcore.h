@@ -51,11 +51,11 @@ typedef enum flashcore_align { FLASHCORE_BOTTOM_RIGHT = 0, FLASHCORE_TOP_LEFT = 
 
 /* Which (query block, key block) pairs are kept; every other pair is excluded. Combines with
  * causal, window, mask and lengths: a key is visible when all of them let it be.
- * B and H may be 1 (broadcast). All tensors are int32 on q's device, densely packed.
- *   kv_num_blocks  (B, H, q_blocks)                kept key blocks of each query block
- *   kv_indices     (B, H, q_blocks, kv_blocks)     their indices, ascending, no duplicates
+ * B and H may be 1 (broadcast). All tensors are int32 on q's device; their last dimension has
+ * stride 1. kv_num_blocks  (B, H, q_blocks)                kept key blocks of each query block
+ *   kv_indices     (B, H, q_blocks, capacity)      their indices, ascending, no duplicates
  *   q_num_blocks   (B, H, kv_blocks)               the transpose: needed by backward
- *   q_indices      (B, H, kv_blocks, q_blocks)
+ *   q_indices      (B, H, kv_blocks, capacity)
  * q_blocks = ceil(seqlen_q / block_q), kv_blocks = ceil(seqlen_k / block_k). Entries past the
  * count are ignored. */
 typedef struct flashcore_block_mask {
@@ -93,9 +93,10 @@ typedef struct flashcore_attention_args {
 
   double softcap;               /* > 0: score = softcap * tanh(scale * qk / softcap) */
   const DLTensor* alibi_slopes; /* float32 (Hq) or (B, Hq): score -= slope * |i + q_offset - j| */
-  const DLTensor* bias;  /* (B|1, Hq|1, Sq|1, Sk): added to the score. q's dtype or float32 */
-  const DLTensor* mask;  /* bool or uint8 (B|1, Hq|1, Sq|1, Sk): nonzero = visible */
-  const DLTensor* sinks; /* float32 (Hq): one extra logit per head, with no value row */
+  const DLTensor* bias;         /* (B|1, Hq|1, Sq|1, Sk|1): added to the score. q's dtype or float32
+                                   (float64 for float64 q) */
+  const DLTensor* mask;         /* bool or uint8 (B|1, Hq|1, Sq|1, Sk|1): nonzero = visible */
+  const DLTensor* sinks;        /* float32 (Hq): one extra logit per head, with no value row */
   const flashcore_block_mask* block_mask;
 
   double dropout_p;           /* 0 <= p < 1, rounded to a multiple of 2^-16 */
@@ -124,7 +125,7 @@ typedef struct flashcore_attention_backward_args {
   uint32_t struct_size;                    /* sizeof(flashcore_attention_backward_args) */
   int32_t accumulate;                      /* nonzero: add into dq, dk, dv, dbias, dsinks */
   const flashcore_attention_args* forward; /* the same options; out and lse are inputs here */
-  const DLTensor* dout;                    /* shape and dtype of out */
+  const DLTensor* dout;                    /* shape of out; q's dtype or float32 */
   const DLTensor* dlse;                    /* optional: gradient of lse, shape and dtype of lse */
   DLTensor* dq;                            /* shape of q; q's dtype, or float32. Each of the five */
   DLTensor* dk;                            /* outputs may be NULL: that gradient is not computed */

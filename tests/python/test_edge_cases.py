@@ -485,3 +485,38 @@ def test_max_seqlen_must_be_a_plain_number():
         with pytest.raises(fc.ArgumentError, match="max_seqlen_q"):
             forward(arrays, {**options, "max_seqlen_q": bad})
     assert to_numpy(None) is None
+
+
+# ---- what is visible does matter -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 8, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_sees_only_nan_is_nan(dtype, rows):
+    """And not taken for a row that sees nothing, although a maximum passes over NaN."""
+    case = cases.Case("nan row", dtype=dtype, q=rows, k=9, d=16)
+    arrays = case.arrays()
+    arrays["q"][0, 0, 0, 0] = np.nan
+    q, k, v = (arrays[name] for name in "qkv")
+    result = fc.attention(q, k, v, return_lse=True, return_max_logits=True)
+    assert np.isnan(to_numpy(result.out)[0, 0, 0]).all()
+    assert np.isnan(result.lse[0, 0, 0]) and np.isnan(result.max_logits[0, 0, 0])
+    assert np.isfinite(to_numpy(result.out)[0, 1:]).all()
+    merged, lse = fc.merge([result.out], [result.lse])
+    assert np.isnan(to_numpy(merged)[0, 0, 0]).all() and np.isnan(lse[0, 0, 0])
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e9, 1e12, -1e9])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_scores_of_any_magnitude(dtype, rows, scale):
+    """The rounding of a score this large exceeds the range of the exponential."""
+    case = cases.Case("huge", dtype=dtype, q=rows, k=70, d=16)
+    arrays = case.arrays()
+    q, k, v = (arrays[name] for name in "qkv")
+    result = fc.attention(q, k, v, scale=scale, return_lse=True)
+    exact = reference.attention(q, k, v, scale=scale)
+    np.testing.assert_allclose(result.lse, exact.lse, rtol=1e-5)
+    assert np.isfinite(result.out).all()
+    if dtype == "f64":  # in float32 the scores themselves are only near the exact ones
+        np.testing.assert_allclose(result.out, exact.out, rtol=1e-3)

@@ -508,3 +508,51 @@ def test_jax_tracers_are_refused():
     call = {name: jax.numpy.asarray(x) for name, x in good().items()}
     with pytest.raises(fc.Error, match=r"\bq\b"):
         jax.jit(lambda q: fc.attention(q, call["k"], call["v"]))(call["q"])
+
+
+def overlapping() -> dict[str, dict]:
+    """Backward calls whose tensors share elements."""
+    rng = np.random.default_rng(0)
+    call = {name: rng.standard_normal((1, 9, 2, 8)).astype(np.float32) for name in "qkv"}
+    out, lse, _ = fc.attention(**call, return_lse=True)
+    grad = np.empty_like(call["q"])
+    whole = {"dout": np.ones_like(out), **call, "out": out, "lse": lse}
+    return {
+        "dq and dk are one array": {**whole, "dq": grad, "dk": grad},
+        "dq is dout": {**whole, "dq": whole["dout"]},
+        "dv is v": {**whole, "dv": call["v"]},
+        "dk is a shifted view of k's memory": {**whole, "dk": shifted(whole, "k")},
+    }
+
+
+def shifted(call: dict, name: str) -> np.ndarray:
+    x = call[name]
+    memory = np.empty(x.size + 8, x.dtype)
+    memory[: x.size] = x.reshape(-1)
+    call[name] = memory[: x.size].reshape(x.shape)
+    return memory[8:].reshape(x.shape)
+
+
+def test_outputs_that_share_memory_are_refused():
+    for what, call in overlapping().items():
+        dout, q, k, v, out, lse = (call.pop(n) for n in ("dout", "q", "k", "v", "out", "lse"))
+        with pytest.raises(fc.ArgumentError, match="shares memory with"):
+            fc.attention_backward(dout, q, k, v, out, lse, **call)
+            pytest.fail(what)
+
+
+def test_slices_of_one_buffer_share_no_element():
+    packed = np.random.default_rng(0).standard_normal((2, 9, 3, 2, 8))
+    q, k, v = (packed[:, :, i] for i in range(3))
+    out, lse, _ = fc.attention(q, k, v, return_lse=True)
+    grads = np.full_like(packed, np.nan)
+    dq, dk, dv = (grads[:, :, i] for i in range(3))
+    fc.attention_backward(out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv)
+    want = fc.attention_backward(out, q, k, v, out, lse)
+    np.testing.assert_array_equal(grads, np.stack([want.dq, want.dk, want.dv], axis=2))
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-45, 1e308])
+def test_a_scale_that_float32_cannot_hold_is_refused(scale):
+    with pytest.raises(fc.ArgumentError, match="scale must be"):
+        fc.attention(**good(), scale=scale)
