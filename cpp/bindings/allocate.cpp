@@ -143,8 +143,10 @@ std::string read_dtype_name(const char* call, nb::handle out_dtype) {
   word = word.substr(word.find('.') + 1);
   for (const char* known : {"float16", "bfloat16", "float32", "float64"})
     if (word == known) return word;
-  refuse_argument("[", call, "] out_dtype must be None (q's dtype) or float32, got ",
-                  nb::cast<std::string>(nb::repr(out_dtype)));
+  refuse_argument("[", call,
+                  "] out_dtype must be None (the dtype of the inputs), float16, bfloat16, float32 "
+                  "or float64, got ",
+                  shown(out_dtype));
 }
 
 }  // namespace flashcore::python

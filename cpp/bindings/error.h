@@ -50,12 +50,22 @@ inline void check(flashcore_status status) {
   throw Refusal("Error", flashcore_last_error());
 }
 
-// str(object)
-inline std::string str_text(nb::handle object) {
-  nb::object const text = nb::steal(PyObject_Str(object.ptr()));
-  if (!text) throw nb::python_error();
-  return nb::cast<std::string>(text);
+// A new reference to a Python string, as UTF-8. Python strings may hold what UTF-8 cannot (lone
+// surrogates); those become escapes.
+inline std::string utf8(PyObject* string) {
+  nb::object const owned = nb::steal(string);
+  if (!owned) throw nb::python_error();
+  nb::object const bytes =
+      nb::steal(PyUnicode_AsEncodedString(string, "utf-8", "backslashreplace"));
+  if (!bytes) throw nb::python_error();
+  return {PyBytes_AsString(bytes.ptr()), static_cast<size_t>(PyBytes_Size(bytes.ptr()))};
 }
+
+// str(object)
+inline std::string str_text(nb::handle object) { return utf8(PyObject_Str(object.ptr())); }
+
+// For messages: 'bsdh', 3, (1, 2)
+inline std::string shown(nb::handle object) { return utf8(PyObject_Repr(object.ptr())); }
 
 // "list", "torch.Tensor", "numpy.ndarray"
 inline std::string type_text(nb::handle object) {

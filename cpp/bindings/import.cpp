@@ -69,9 +69,12 @@ TypeInfo inspect_type(nb::handle type) {
 // ---- calling Python -----------------------------------------------------------------------------
 
 // A Python exception that a producer raised while it was asked for its data becomes our error, with
-// the producer's as its cause. Interrupts and out-of-memory pass through.
+// the producer's as its cause. Interrupts, out-of-memory and endless recursion (a producer that
+// calls us with itself, which would wrap the error once per level) pass through.
 [[noreturn]] void refuse_from(nb::python_error& error, const std::string& message) {
-  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError) ||
+      error.matches(PyExc_RecursionError))
+    throw error;
   nb::object const refusal =
       nb::module_::import_("flashcore.errors").attr("ArgumentError")(message);
   refusal.attr("__cause__") = nb::borrow(error.value());
@@ -116,6 +119,26 @@ void check_torch(const char* call, const char* name, nb::handle t) {
                        name, ".resolve_neg()");
 }
 
+// Tracers record torch's own operations. Of a call they would see the allocation of the result and
+// nothing that fills it, so what they make would return uninitialised memory.
+void check_not_traced(const char* call, const char* name) {
+  static PyObject* is_tracing = nullptr;  // no initialiser: see Call::read_inputs
+  static PyObject* dispatch_modes = nullptr;
+  if (!dispatch_modes) {
+    nb::object const c = nb::module_::import_("torch").attr("_C");
+    is_tracing = nb::object(c.attr("_is_tracing")).release().ptr();
+    dispatch_modes = nb::object(c.attr("_len_torch_dispatch_stack")).release().ptr();
+  }
+  const char* const tracer = is_true(nb::handle(is_tracing)()) ? "torch.jit.trace"
+                             : PyObject_IsTrue(nb::handle(dispatch_modes)().ptr())
+                                 ? "a torch dispatch mode (make_fx and the like)"
+                                 : nullptr;
+  if (tracer)
+    refuse_unsupported("[", call, "] ", name, " is a torch tensor inside ", tracer,
+                       ", which would record the allocation of the result but not its "
+                       "computation: call flashcore outside of it");
+}
+
 nb::object raw_stream_as_dlpack(void* stream) {
   auto const value = reinterpret_cast<uintptr_t>(stream);
   return nb::int_(value == 0 ? uintptr_t{1} : value);  // DLPack writes the legacy stream as 1
@@ -137,19 +160,31 @@ DLDevice plain_device(DLDevice device) {
 
 DLDevice device_of(nb::handle object) {
   nb::object const pair = object.attr("__dlpack_device__")();
-  return plain_device({static_cast<DLDeviceType>(nb::cast<int>(nb::int_(nb::object(pair[0])))),
-                       nb::cast<int32_t>(nb::int_(nb::object(pair[1])))});
+  auto number = [&](int i) {
+    nb::int_ const item{nb::object(pair[i])};
+    int overflow = 0;
+    long long const n = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
+    if (overflow == 0 && n == static_cast<int32_t>(n)) return static_cast<int32_t>(n);
+    PyErr_Format(PyExc_OverflowError, "__dlpack_device__() gave %R", pair.ptr());
+    throw nb::python_error();
+  };
+  return plain_device({static_cast<DLDeviceType>(number(0)), number(1)});
 }
 
 }  // namespace
 
 const TypeInfo& array_type(nb::handle object) {
-  // Types are kept alive, so an address never comes to mean another type. Guarded by the GIL.
+  // Array types are kept alive, so an address never comes to mean another type. What is no array
+  // type is not kept: anything may be passed by mistake. Guarded by the GIL.
   static auto* const known = new std::unordered_map<PyObject*, TypeInfo>();
   PyObject* const type = object.type().ptr();
   auto const found = known->find(type);
   if (found != known->end()) return found->second;
   TypeInfo const info = inspect_type(type);  // may run Python code, and so this function
+  if (info.family == Family::refused) {
+    static thread_local TypeInfo refused;
+    return refused = info;
+  }
   Py_INCREF(type);
   return known->emplace(type, info).first->second;
 }
@@ -185,7 +220,11 @@ void Tensor::import(nb::handle object, const char* name, const Session& session,
       break;
     case Family::torch:
     case Family::exchange:
-      if (info.family == Family::torch) check_torch(session.call, name, object);
+      if (info.family == Family::torch) {
+        if (&info == session.lead ? object.is(session.like) : !same_producer)
+          check_not_traced(session.call, name);
+        check_torch(session.call, name, object);
+      }
       if (info.exchange) {
         view(where, *info.exchange);
         if (same_producer || plain_device(tensor_.device).device_type != kDLCUDA) break;

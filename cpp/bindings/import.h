@@ -15,7 +15,8 @@ namespace flashcore::python {
 
 enum class Family { torch, numpy, cupy, jax, exchange, dlpack, capsule, refused };
 
-// What a Python type is; found once and kept for as long as the process runs.
+// What a Python type is. Of array types found once and kept for as long as the process runs; of
+// others valid until the thread asks again.
 struct TypeInfo {
   Family family = Family::dlpack;
   const ExchangeTable* exchange = nullptr;

@@ -5,6 +5,7 @@
 #include <deque>
 
 #include "bindings/allocate.h"
+#include "bindings/gil.h"
 #include "bindings/options.h"
 
 namespace flashcore::python {
@@ -82,13 +83,10 @@ nb::object attention(nb::handle q, nb::handle k, nb::handle v, const nb::tuple& 
   call.args.lse = lse.tensor.get();
   call.args.max_logits = max_logits.tensor.get();
   Workspace const workspace(call.session, plan.workspace_bytes);
-  flashcore_status status;
-  {
-    nb::gil_scoped_release const unlocked;
-    status = flashcore_attention_forward(&call.args, workspace.data(), plan.workspace_bytes,
-                                         call.session.stream);
-  }
-  check(status);
+  check(without_gil([&] {
+    return flashcore_attention_forward(&call.args, workspace.data(), plan.workspace_bytes,
+                                       call.session.stream);
+  }));
   nb::object result = out.take(call.session);
   if (!want_lse && !want_max) return result;
   return nb::make_tuple(result, lse.take(call.session), max_logits.take(call.session));
@@ -164,13 +162,10 @@ nb::object attention_backward(nb::handle dout_array, nb::handle q, nb::handle k,
   // And one with them: the workspace depends on which gradients there are.
   check(flashcore_attention_backward_plan(&args, &plan));
   Workspace const workspace(session, plan.workspace_bytes);
-  flashcore_status status;
-  {
-    nb::gil_scoped_release const unlocked;
-    status =
-        flashcore_attention_backward(&args, workspace.data(), plan.workspace_bytes, session.stream);
-  }
-  check(status);
+  check(without_gil([&] {
+    return flashcore_attention_backward(&args, workspace.data(), plan.workspace_bytes,
+                                        session.stream);
+  }));
   return nb::make_tuple(dq.take(session), dk.take(session), dv.take(session), dbias.take(session),
                         dsinks.take(session));
 }
@@ -207,21 +202,34 @@ nb::tuple explain(nb::handle q, nb::handle k, nb::handle v, const nb::tuple& opt
                         plan.deterministic != 0, refusals);
 }
 
-nb::tuple merge(const nb::sequence& out_arrays, const nb::sequence& lse_arrays, nb::handle layout,
+// The items of a list, a tuple or any other sequence.
+nb::object items(const char* name, nb::handle sequence) {
+  nb::object tuple;
+  if (PySequence_Check(sequence.ptr())) tuple = nb::steal(PySequence_Tuple(sequence.ptr()));
+  if (PyErr_Occurred()) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw nb::python_error();
+    PyErr_Clear();
+  }
+  if (!tuple)
+    refuse_type("[merge] ", name, " must be a sequence of arrays, got ", type_text(sequence));
+  return tuple;
+}
+
+nb::tuple merge(nb::handle out_sequence, nb::handle lse_sequence, nb::handle layout,
                 nb::handle out_dtype, nb::handle stream) {
   Call call("merge", stream);  // for its session and stream; merge has no options of its own
   Session& session = call.session;
+  nb::object const out_arrays = items("outs", out_sequence),
+                   lse_arrays = items("lses", lse_sequence);
   size_t const count = nb::len(out_arrays);
   if (count == 0 || count != nb::len(lse_arrays))
     refuse_argument("[merge] outs and lses must be sequences of one length, at least 1, got ",
                     count, " and ", nb::len(lse_arrays));
   std::deque<Tensor> outs(count), lses(count);
   std::vector<const DLTensor*> out_pointers, lse_pointers;
-  nb::list alive;  // items of a sequence may be made on the fly
   for (size_t s = 0; s < count; ++s) {
-    nb::object const out = out_arrays[s], lse = lse_arrays[s];
-    alive.append(out);
-    alive.append(lse);
+    nb::handle const out = PyTuple_GetItem(out_arrays.ptr(), static_cast<Py_ssize_t>(s));
+    nb::handle const lse = PyTuple_GetItem(lse_arrays.ptr(), static_cast<Py_ssize_t>(s));
     std::string const out_name = text("outs[", s, "]"), lse_name = text("lses[", s, "]");
     if (s == 0)
       outs[s].import_lead(out, out_name.c_str(), session);
@@ -244,12 +252,7 @@ nb::tuple merge(const nb::sequence& out_arrays, const nb::sequence& lse_arrays, 
   lse.make("lse", session, shape_of(lses[0]), lses[0]->dtype);
   args.out = out.tensor.get();
   args.lse = lse.tensor.get();
-  flashcore_status status;
-  {
-    nb::gil_scoped_release const unlocked;
-    status = flashcore_merge(&args, session.stream);
-  }
-  check(status);
+  check(without_gil([&] { return flashcore_merge(&args, session.stream); }));
   return nb::make_tuple(out.take(session), lse.take(session));
 }
 
@@ -258,15 +261,16 @@ void dropout_mask(nb::handle keep_array, nb::handle p, nb::handle rng, nb::handl
   Session& session = call.session;
   Tensor keep;
   keep.import_lead(keep_array, "out", session, Access::write);
+  DLDataType const type = keep->dtype;
+  if (type.bits != 8 || (type.code != kDLBool && type.code != kDLUInt))
+    refuse_argument("[dropout_mask] out must be bool or uint8, got ", dtype_name(type));
   double const dropout_p = read_double("dropout_mask", "p", p);
+  if (!(dropout_p >= 0.0 && dropout_p < 1.0))
+    refuse_argument("[dropout_mask] p must be in [0, 1), got ", dropout_p);
   int64_t values[2];
   read_seed_and_offset("dropout_mask", rng, values);
-  flashcore_status status;
-  {
-    nb::gil_scoped_release const unlocked;
-    status = flashcore_dropout_mask(keep.get(), dropout_p, values, session.stream);
-  }
-  check(status);
+  check(without_gil(
+      [&] { return flashcore_dropout_mask(keep.get(), dropout_p, values, session.stream); }));
 }
 
 nb::list kernels() {
@@ -324,12 +328,15 @@ NB_MODULE(_core, m) {
         "v"_a.none(), "out"_a.none(), "lse"_a.none(), "options"_a, "dlse"_a.none(), "dq"_a.none(),
         "dk"_a.none(), "dv"_a.none(), "accumulate"_a.none(), "stream"_a.none());
   m.def("explain", explain, "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a, "backward"_a);
-  m.def("merge", merge, "outs"_a, "lses"_a, "layout"_a.none(), "out_dtype"_a.none(),
+  m.def("merge", merge, "outs"_a.none(), "lses"_a.none(), "layout"_a.none(), "out_dtype"_a.none(),
         "stream"_a.none());
   m.def("dropout_mask", dropout_mask, "keep"_a.none(), "p"_a.none(), "rng"_a.none(),
         "stream"_a.none());
   m.def("kernels", kernels);
   m.def("devices", devices);
-  m.def("set_num_threads", [](int n) { flashcore_set_num_threads(n); });
+  m.def(
+      "set_num_threads",
+      [](nb::handle n) { flashcore_set_num_threads(read_int32("set_num_threads", "n", n)); },
+      "n"_a.none());
   m.def("get_num_threads", [] { return flashcore_get_num_threads(); });
 }

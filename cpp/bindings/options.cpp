@@ -13,9 +13,6 @@ namespace {
       array ? ": a value inside an array is not read, as that could wait for a device" : "");
 }
 
-// For messages: 'bsdh', 3, (1, 2)
-std::string shown(nb::handle value) { return nb::cast<std::string>(nb::repr(value)); }
-
 // A new reference to value as a tuple of two, if it is a tuple or list of two; else null.
 PyObject* pair_or_null(nb::handle value) {
   nb::object pair = nb::borrow(value);
@@ -33,12 +30,6 @@ size_t read_word(const char* call, const char* name, nb::handle value, const cha
   }
   refuse_argument("[", call, "] ", name, " must be '", first, "' or '", second, "', got ",
                   shown(value));
-}
-
-int32_t narrow(const char* call, const char* name, int64_t value) {
-  if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max())
-    refuse_argument("[", call, "] ", name, " does not fit 32 bits: ", value);
-  return static_cast<int32_t>(value);
 }
 
 // A Python integer in [-2^63, 2^64), as its 64 bits.
@@ -94,6 +85,13 @@ int64_t read_int(const char* call, const char* name, nb::handle value) {
     refuse_argument("[", call, "] ", name, " does not fit 64 bits: ", shown(value));
   }
   return number;
+}
+
+int32_t read_int32(const char* call, const char* name, nb::handle value) {
+  int64_t const number = read_int(call, name, value);
+  if (number < std::numeric_limits<int32_t>::min() || number > std::numeric_limits<int32_t>::max())
+    refuse_argument("[", call, "] ", name, " does not fit 32 bits: ", number);
+  return static_cast<int32_t>(number);
 }
 
 flashcore_layout read_layout(const char* call, nb::handle value) {
@@ -185,18 +183,21 @@ void Call::read_rng(nb::handle value) {
 
 void Call::read_block_mask(nb::handle value) {
   if (value.is_none()) return;
-  if (!nb::hasattr(value, "kv_num_blocks") || !nb::hasattr(value, "block"))
+  // The class itself has these attributes too, but its block is no pair.
+  nb::object const block = nb::steal(pair_or_null(nb::getattr(value, "block", nb::none())));
+  if (!block || !nb::hasattr(value, "kv_num_blocks"))
     refuse_type("[", session.call, "] block_mask must be a flashcore.BlockMask, got ",
-                type_text(value), ": flashcore.BlockMask.from_dense makes one of a boolean array");
-  nb::object const block = value.attr("block");
+                PyType_Check(value.ptr()) ? "a class, " : "",
+                PyType_Check(value.ptr()) ? shown(value) : type_text(value),
+                ": flashcore.BlockMask.from_dense makes one of a boolean array");
   block_mask_ = {};
   block_mask_.struct_size = sizeof block_mask_;
-  block_mask_.block_q = narrow(session.call, "block_mask.block[0]",
-                               read_int(session.call, "block_mask.block[0]", nb::object(block[0])));
-  block_mask_.block_k = narrow(session.call, "block_mask.block[1]",
-                               read_int(session.call, "block_mask.block[1]", nb::object(block[1])));
+  block_mask_.block_q =
+      read_int32(session.call, "block_mask.block[0]", PyTuple_GetItem(block.ptr(), 0));
+  block_mask_.block_k =
+      read_int32(session.call, "block_mask.block[1]", PyTuple_GetItem(block.ptr(), 1));
   auto array = [&](Tensor& tensor, const char* name, const char* attribute) {
-    block_mask_arrays_.emplace_back(value.attr(attribute));
+    block_mask_arrays_.emplace_back(nb::getattr(value, attribute, nb::none()));
     return read_array(tensor, name, block_mask_arrays_.back());
   };
   block_mask_.kv_num_blocks = array(kv_num_blocks_, "block_mask.kv_num_blocks", "kv_num_blocks");
@@ -262,7 +263,7 @@ void Call::read_options(const nb::tuple& values) {
   args.q_descale = array(q_descale_);
   args.k_descale = array(k_descale_);
   args.v_descale = array(v_descale_);
-  args.num_splits = narrow(call, "num_splits", integer());
+  args.num_splits = next().is_none() ? 0 : read_int32(call, name, value);
   args.split_size = integer();
   args.deterministic = flag();
 }

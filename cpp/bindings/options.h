@@ -48,6 +48,7 @@ struct Call {
 bool read_bool(const char* call, const char* name, nb::handle value);
 double read_double(const char* call, const char* name, nb::handle value);
 int64_t read_int(const char* call, const char* name, nb::handle value);
+int32_t read_int32(const char* call, const char* name, nb::handle value);
 flashcore_layout read_layout(const char* call, nb::handle value);
 void read_seed_and_offset(const char* call, nb::handle pair, int64_t rng[2]);
 

@@ -517,11 +517,12 @@ def overlapping() -> dict[str, dict]:
     out, lse, _ = fc.attention(**call, return_lse=True)
     grad = np.empty_like(call["q"])
     whole = {"dout": np.ones_like(out), **call, "out": out, "lse": lse}
+    near_k = shifted(whole, "k")
     return {
         "dq and dk are one array": {**whole, "dq": grad, "dk": grad},
         "dq is dout": {**whole, "dq": whole["dout"]},
-        "dv is v": {**whole, "dv": call["v"]},
-        "dk is a shifted view of k's memory": {**whole, "dk": shifted(whole, "k")},
+        "dv is v": {**whole, "dv": whole["v"]},
+        "dk is a shifted view of k's memory": {**whole, "dk": near_k},
     }
 
 
