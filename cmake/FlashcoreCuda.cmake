@@ -16,7 +16,6 @@ if(NOT _mode STREQUAL "OFF")
     endif()
     if(_cu13 AND EXISTS "${_cu13}/bin/nvcc")
       set(CMAKE_CUDA_COMPILER "${_cu13}/bin/nvcc")
-      set(CUDAToolkit_ROOT "${_cu13}")
       # The wheels put the libraries in lib/, nvcc.profile looks in lib64/.
       set(CMAKE_CUDA_FLAGS_INIT "-L${_cu13}/lib")
     endif()
@@ -27,7 +26,18 @@ if(NOT _mode STREQUAL "OFF")
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     enable_language(CUDA)
-    find_package(CUDAToolkit REQUIRED)
+    # The runtime, linked statically. Not find_package(CUDAToolkit): it insists on libcudart.so, which
+    # PyPI's toolkit has only under its versioned name.
+    set(_root "${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}")
+    find_library(FLASHCORE_CUDART cudart_static NO_DEFAULT_PATH REQUIRED
+      PATHS "${_root}/lib64" "${_root}/lib" "${_root}/targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib")
+    find_path(FLASHCORE_CUDA_INCLUDE cuda_runtime_api.h NO_DEFAULT_PATH REQUIRED
+      PATHS "${_root}/include" "${_root}/targets/${CMAKE_SYSTEM_PROCESSOR}-linux/include")
+    find_package(Threads REQUIRED)
+    add_library(flashcore_cudart INTERFACE)
+    target_include_directories(flashcore_cudart SYSTEM INTERFACE "${FLASHCORE_CUDA_INCLUDE}")
+    target_link_libraries(flashcore_cudart INTERFACE "${FLASHCORE_CUDART}" Threads::Threads
+      ${CMAKE_DL_LIBS} rt)
     set(FLASHCORE_HAS_CUDA ON)
   elseif(_mode STREQUAL "ON")
     message(FATAL_ERROR "FLASHCORE_CUDA=ON but no nvcc was found: install a CUDA 13 toolkit, or "
