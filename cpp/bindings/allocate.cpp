@@ -3,6 +3,7 @@
 #include <cstring>
 #include <new>
 
+#include "bindings/gil.h"
 #include "common/types.h"
 
 namespace flashcore::python {
@@ -77,7 +78,15 @@ nb::object new_array(const Session& session, const char* name, nb::handle like,
                        " cannot be allocated: ", type_text(session.like),
                        " has no allocator that flashcore knows on its device: pass torch or CuPy "
                        "arrays");
-  return allocator(session)(like, shape, dtype, nb::bool_(zero), raw_stream(session));
+  nb::handle const allocate = allocator(session);
+  nb::bool_ const zeros(zero);
+  nb::object const stream = raw_stream(session);
+  PyObject* const made = survive_exit([&] {  // Python code, between whose steps the GIL may go
+    return PyObject_CallFunctionObjArgs(allocate.ptr(), like.ptr(), shape.ptr(), dtype.ptr(),
+                                        zeros.ptr(), stream.ptr(), nullptr);
+  });
+  if (!made) throw nb::python_error();
+  return nb::steal(made);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "bindings/gil.h"
+
 namespace flashcore::python {
 namespace {
 
@@ -221,8 +223,7 @@ void Tensor::import(nb::handle object, const char* name, const Session& session,
     case Family::torch:
     case Family::exchange:
       if (info.family == Family::torch) {
-        if (&info == session.lead ? object.is(session.like) : !same_producer)
-          check_not_traced(session.call, name);
+        if (object.is(session.like) || !same_producer) check_not_traced(session.call, name);
         check_torch(session.call, name, object);
       }
       if (info.exchange) {
@@ -290,11 +291,11 @@ void Tensor::call_dlpack(const Where& where, const TypeInfo& info, nb::handle st
   };
   try {
     try {
-      capsule = produce();
+      capsule = survive_exit(produce);  // may be Python code
     } catch (nb::python_error& error) {
       if (!info.max_version || !error.matches(PyExc_TypeError)) throw;
       info.max_version = false;  // a producer from before DLPack 1.0
-      capsule = produce();
+      capsule = survive_exit(produce);
     }
   } catch (nb::python_error& error) {
     // ml_dtypes.bfloat16 is a user-defined dtype, which NumPy does not export: read its bits.

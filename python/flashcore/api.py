@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flashcore import _core
-from flashcore.errors import ArgumentError
+from flashcore.errors import ArgumentError, ArgumentTypeError
 
 __all__ = [
     "Device",
@@ -214,7 +215,8 @@ def attention(
     UnsupportedError
         No compiled kernel can honour the call, or an array that cannot be read as one: torch
         tensors that require grad (outside of torch.no_grad()), sparse, nested, quantized or meta
-        tensors, JAX arrays on a GPU or inside jit.
+        tensors, any torch tensor inside torch.jit.trace, make_fx or another torch dispatch mode,
+        JAX arrays on a GPU or inside jit.
     DeviceError
         The device or its driver failed.
 
@@ -417,12 +419,26 @@ def dropout_mask(
     .. [1] Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
        https://doi.org/10.1145/2063384.2063405
     """
+    allowed = f"[dropout_mask] shape must be four integers >= 0, (B, Hq, Sq, Sk), got {shape!r}"
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        raise ArgumentTypeError(allowed) from None
+    if len(sizes) != 4 or min(sizes) < 0:
+        raise ArgumentError(allowed)
     if out is None:
         import numpy as np
 
-        out = np.empty(shape, np.bool_)
-    elif tuple(out.shape) != tuple(shape):
-        raise ArgumentError(f"[dropout_mask] out must have shape {shape}, got {tuple(out.shape)}")
+        try:
+            out = np.empty(sizes, np.bool_)
+        except ValueError as error:  # more bytes than an address has bits for
+            raise ArgumentError(f"[dropout_mask] shape {sizes} is too large: {error}") from None
+    elif not hasattr(out, "shape"):
+        raise ArgumentTypeError(
+            f"[dropout_mask] out must be a bool or uint8 array, got {type(out).__name__}"
+        )
+    elif tuple(out.shape) != sizes:
+        raise ArgumentError(f"[dropout_mask] out must have shape {sizes}, got {tuple(out.shape)}")
     _core.dropout_mask(out, p, rng, stream)
     return out
 

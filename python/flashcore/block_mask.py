@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flashcore.errors import ArgumentError
+from flashcore.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,25 +66,29 @@ class BlockMask:
     ) -> None:
         self.kv_num_blocks, self.kv_indices = kv_num_blocks, kv_indices
         self.q_num_blocks, self.q_indices = q_num_blocks, q_indices
-        self.block = _block(block)
+        self.block = _block("BlockMask", block)
         lists = {"kv": (kv_num_blocks, kv_indices), "q": (q_num_blocks, q_indices)}
         for name, (count, indices) in lists.items():
+            for field, array in ((f"{name}_num_blocks", count), (f"{name}_indices", indices)):
+                _check_integers("BlockMask", field, array)
             if len(count.shape) != 3 or tuple(indices.shape[:-1]) != tuple(count.shape):
                 raise ArgumentError(
+                    "[BlockMask] "
                     f"{name}_num_blocks must be (B, H, blocks) and {name}_indices (B, H, blocks, "
                     f"capacity), got {tuple(count.shape)} and {tuple(indices.shape)}"
                 )
         if tuple(kv_num_blocks.shape[:2]) != tuple(q_num_blocks.shape[:2]):
             raise ArgumentError(
-                "kv_num_blocks and q_num_blocks must have one batch and head size, got "
+                "[BlockMask] kv_num_blocks and q_num_blocks must have one batch and head size, got "
                 f"{tuple(kv_num_blocks.shape)} and {tuple(q_num_blocks.shape)}"
             )
         blocks = (int(kv_num_blocks.shape[2]), int(q_num_blocks.shape[2]))
-        self.shape = shape or (blocks[0] * self.block[0], blocks[1] * self.block[1])
+        whole = (blocks[0] * self.block[0], blocks[1] * self.block[1])
+        self.shape = whole if shape is None else _shape("BlockMask", shape)
         if _blocks(self.shape, self.block) != blocks:
             raise ArgumentError(
-                f"shape {self.shape} has {_blocks(self.shape, self.block)} blocks of {self.block}, "
-                f"but the lists have {blocks}"
+                f"[BlockMask] shape {self.shape} has {_blocks(self.shape, self.block)} blocks of "
+                f"{self.block}, but the lists have {blocks}"
             )
 
     # ---- constructors ----------------------------------------------------------------------------
@@ -111,10 +116,11 @@ class BlockMask:
         """
         import numpy as np
 
-        block = _block(block)
-        m = np.asarray(m)
+        block = _block("BlockMask.from_dense", block)
+        m = _array("BlockMask.from_dense", "m", m)
         if m.dtype != np.bool_ or m.ndim not in (2, 3, 4):
             raise ArgumentError(
+                "[BlockMask.from_dense] "
                 "m must be a boolean array (seqlen_q, seqlen_k), optionally with heads and batch "
                 f"in front, got {m.dtype} {m.shape}"
             )
@@ -126,7 +132,13 @@ class BlockMask:
         height = np.minimum(block[0], m.shape[2] - rows)
         width = np.minimum(block[1], m.shape[3] - cols)
         kept = visible > 0
-        _refuse_mixed(kept & (visible < height[:, None] * width), "m", block, keep_partial)
+        _refuse_mixed(
+            kept & (visible < height[:, None] * width),
+            "BlockMask.from_dense",
+            "m",
+            block,
+            keep_partial,
+        )
         return cls._from_kept(kept, block, (m.shape[2], m.shape[3]))
 
     @classmethod
@@ -157,22 +169,27 @@ class BlockMask:
         """
         import numpy as np
 
-        block = _block(block)
+        block = _block("BlockMask.from_bsr", block)
+        shape = _shape("BlockMask.from_bsr", shape)
         q_blocks, kv_blocks = _blocks(shape, block)
-        indptr, indices = np.asarray(indptr), np.asarray(indices)
+        indptr = _array("BlockMask.from_bsr", "indptr", indptr)
+        indices = _array("BlockMask.from_bsr", "indices", indices)
         for name, array in (("indptr", indptr), ("indices", indices)):
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 raise ArgumentError(
+                    "[BlockMask.from_bsr] "
                     f"{name} must be a 1-D integer array, got {array.dtype} {array.shape}"
                 )
         if len(indptr) != q_blocks + 1:
             raise ArgumentError(
+                "[BlockMask.from_bsr] "
                 f"indptr must have {q_blocks + 1} entries for seqlen_q {shape[0]} in blocks of "
                 f"{block[0]}, got {len(indptr)}"
             )
         counts = np.diff(indptr.astype(np.int64))
         if indptr[0] != 0 or indptr[-1] != len(indices) or (counts < 0).any():
             raise ArgumentError(
+                "[BlockMask.from_bsr] "
                 f"indptr must rise from 0 to len(indices) = {len(indices)}, got {indptr.tolist()}"
             )
         rows = np.repeat(np.arange(q_blocks), counts)
@@ -180,6 +197,7 @@ class BlockMask:
         outside = (columns < 0) | (columns >= kv_blocks)
         if outside.any():
             raise ArgumentError(
+                "[BlockMask.from_bsr] "
                 f"indices must be in 0..{kv_blocks - 1}, got {columns[outside][0]} in query block "
                 f"{rows[outside][0]}"
             )
@@ -187,6 +205,7 @@ class BlockMask:
         if wrong.any():
             at = int(np.argmax(wrong))
             raise ArgumentError(
+                "[BlockMask.from_bsr] "
                 f"indices must ascend without repeats within a query block, got {columns[at]} then "
                 f"{columns[at + 1]} in query block {rows[at]}"
             )
@@ -230,15 +249,19 @@ class BlockMask:
         """
         import numpy as np
 
-        block = _block(block)
-        start, end = np.asarray(start), np.asarray(end)
+        block = _block("BlockMask.from_intervals", block)
+        seqlen_k = _integer("BlockMask.from_intervals", "seqlen_k", seqlen_k)
+        start = _array("BlockMask.from_intervals", "start", start)
+        end = _array("BlockMask.from_intervals", "end", end)
         if start.shape != end.shape or start.ndim not in (1, 2, 3):
             raise ArgumentError(
+                "[BlockMask.from_intervals] "
                 "start and end must have one shape (seqlen_q,), optionally with heads and batch in "
                 f"front, got {start.shape} and {end.shape}"
             )
         if start.size and not (start.dtype.kind in "iu" and end.dtype.kind in "iu"):
             raise ArgumentError(
+                "[BlockMask.from_intervals] "
                 f"start and end must be integers, got {start.dtype} and {end.dtype}"
             )
         shape = (start.shape[-1], seqlen_k)
@@ -249,6 +272,7 @@ class BlockMask:
         high = np.maximum(low, end.astype(np.int64).reshape(flat))
         if low.size and (low.min() < 0 or high.max() > seqlen_k):
             raise ArgumentError(
+                "[BlockMask.from_intervals] "
                 f"start and end must be within 0..{seqlen_k}, got {low.min()}..{high.max()}"
             )
         low, high = np.where(high > low, low, 0), np.where(high > low, high, 0)
@@ -268,7 +292,9 @@ class BlockMask:
         height = np.minimum(block[0], shape[0] - np.arange(q_blocks) * block[0])
         mixed = kept & (covered < height[:, None])
         sizes = (*lead, q_blocks, kv_blocks)
-        _refuse_mixed(mixed.reshape(sizes), "the intervals", block, keep_partial)
+        _refuse_mixed(
+            mixed.reshape(sizes), "BlockMask.from_intervals", "the intervals", block, keep_partial
+        )
         return cls._from_kept(kept.reshape(sizes), block, shape)
 
     @classmethod
@@ -304,16 +330,14 @@ class BlockMask:
         """
         import numpy as np
 
-        shape = (seqlen_q, seqlen_q if seqlen_k is None else seqlen_k)
-        block = _block(block)
+        call = "BlockMask.butterfly"
+        shape = _lengths(call, seqlen_q, seqlen_k)
+        block = _block(call, block)
         q_blocks, kv_blocks = _blocks(shape, block)
         n = max(q_blocks, kv_blocks, 1)
         every = max(n - 1, 0).bit_length()
-        factors = every if factors is None else factors
-        if factors < 0 or global_blocks < 0:
-            raise ArgumentError(
-                f"factors and global_blocks must be >= 0, got {factors} and {global_blocks}"
-            )
+        factors = every if factors is None else _integer(call, "factors", factors)
+        global_blocks = _integer(call, "global_blocks", global_blocks)
         row = (np.arange(q_blocks) * n // max(q_blocks, 1))[:, None]
         column = np.arange(kv_blocks) * n // max(kv_blocks, 1)
         distance = row ^ column
@@ -352,15 +376,18 @@ class BlockMask:
         """
         import numpy as np
 
-        shape = (seqlen_q, seqlen_q if seqlen_k is None else seqlen_k)
-        block = _block(block)
+        call = "BlockMask.sliding"
+        shape = _lengths(call, seqlen_q, seqlen_k)
+        block = _block(call, block)
+        global_blocks = _integer(call, "global_blocks", global_blocks)
         if align not in ("bottom_right", "top_left"):
-            raise ArgumentError(f"align must be 'bottom_right' or 'top_left', got {align!r}")
-        left, right = (None if w is None or w == -1 else w for w in window_size)
-        if any(w is not None and w < 0 for w in (left, right)) or global_blocks < 0:
             raise ArgumentError(
-                f"window_size and global_blocks must be >= 0, got {window_size}, {global_blocks}"
+                f"[BlockMask.sliding] align must be 'bottom_right' or 'top_left', got {align!r}"
             )
+        left, right = (
+            None if w is None or w == -1 else _integer(call, f"window_size[{i}]", w)
+            for i, w in enumerate(_two(call, "window_size", window_size))
+        )
         q_blocks, kv_blocks = _blocks(shape, block)
         offset = shape[1] - shape[0] if align == "bottom_right" else 0
         first_row = np.arange(q_blocks)[:, None] * block[0]
@@ -439,16 +466,72 @@ class BlockMask:
         return "\n".join(lines)
 
 
-def _block(block: tuple[int, int]) -> tuple[int, int]:
-    sizes = tuple(block)
-    if len(sizes) != 2 or any(int(n) != n or n <= 0 for n in sizes):
-        raise ArgumentError(f"block must be two positive integers (rows, keys), got {block!r}")
-    return int(sizes[0]), int(sizes[1])
+def _integer(call: str, name: str, value: Any, least: int = 0) -> int:
+    allowed = f"[{call}] {name} must be an integer >= {least}, got {value!r}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(allowed) from None
+    if number < least:
+        raise ArgumentError(allowed)
+    return number
+
+
+def _two(call: str, name: str, value: Any) -> tuple[Any, Any]:
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(f"[{call}] {name} must be a pair, got {value!r}") from None
+    return first, second
+
+
+def _block(call: str, block: Any) -> tuple[int, int]:
+    try:
+        rows, keys = (_integer(call, "block", n, 1) for n in _two(call, "block", block))
+    except ArgumentError as error:
+        raise type(error)(
+            f"[{call}] block must be two positive integers (rows, keys), got {block!r}"
+        ) from None
+    return rows, keys
+
+
+def _shape(call: str, shape: Any) -> tuple[int, int]:
+    try:
+        seqlen_q, seqlen_k = (_integer(call, "shape", n) for n in _two(call, "shape", shape))
+    except ArgumentError as error:
+        raise type(error)(
+            f"[{call}] shape must be (seqlen_q, seqlen_k), both integers >= 0, got {shape!r}"
+        ) from None
+    return seqlen_q, seqlen_k
+
+
+def _lengths(call: str, seqlen_q: Any, seqlen_k: Any) -> tuple[int, int]:
+    seqlen_q = _integer(call, "seqlen_q", seqlen_q)
+    return seqlen_q, seqlen_q if seqlen_k is None else _integer(call, "seqlen_k", seqlen_k)
+
+
+def _array(call: str, name: str, value: Any) -> Any:
+    import numpy as np
+
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(
+            f"[{call}] {name} must be an array that NumPy can read, got {type(value).__name__}"
+        ) from error
+
+
+def _check_integers(call: str, name: str, array: Any) -> None:
+    """An array of any framework. Which integers, each call checks."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise ArgumentTypeError(
+            f"[{call}] {name} must be an int32 array, got {type(array).__name__}"
+        )
+    if "int" not in str(array.dtype):  # "int32", "torch.int32"
+        raise ArgumentError(f"[{call}] {name} must be an int32 array, got {array.dtype}")
 
 
 def _blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    if len(shape) != 2 or min(shape) < 0:
-        raise ArgumentError(f"shape must be (seqlen_q, seqlen_k), both >= 0, got {shape!r}")
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
@@ -458,13 +541,16 @@ def _with_global(kept: Any, global_blocks: int) -> Any:
     return kept
 
 
-def _refuse_mixed(mixed: Any, what: str, block: tuple[int, int], keep_partial: bool) -> None:
+def _refuse_mixed(
+    mixed: Any, call: str, what: str, block: tuple[int, int], keep_partial: bool
+) -> None:
     import numpy as np
 
     if keep_partial or not mixed.any():
         return
     at = tuple(int(i) for i in np.argwhere(mixed)[0])
     raise ArgumentError(
+        f"[{call}] "
         f"{what} would keep only a part of block {at} (batch, head, query block, key block), but a "
         f"block is kept or excluded whole: use smaller blocks than {block}, or keep_partial=True "
         "and say the rest with mask=, causal= or window_size="

@@ -77,7 +77,7 @@ def test_dense_refuses_other_arrays(m: np.ndarray) -> None:
         fc.BlockMask.from_dense(m)
 
 
-@pytest.mark.parametrize("block", [(0, 8), (8,), (8, -1), (8, 8, 8), (1.5, 8)])
+@pytest.mark.parametrize("block", [(0, 8), (8,), (8, -1), (8, 8, 8), (1.5, 8), 16, None, "ab"])
 def test_block_sizes(block: Any) -> None:
     with pytest.raises(fc.ArgumentError, match="block must be two positive integers"):
         fc.BlockMask.from_dense(np.ones((8, 8), bool), block)
@@ -181,7 +181,7 @@ def test_butterfly_options() -> None:
     assert some[0, 0, 0].all() and some[0, 0, :, 0].all() and some.sum() == 8 + 14
     stretched = fc.BlockMask.butterfly(4 * 16, 8 * 16, block=(16, 16)).to_blocks()[0, 0]
     assert stretched.shape == (4, 8) and stretched.any(0).all() and stretched.any(1).all()
-    with pytest.raises(fc.ArgumentError, match="must be >= 0"):
+    with pytest.raises(fc.ArgumentError, match="must be an integer >= 0"):
         fc.BlockMask.butterfly(64, factors=-1)
 
 
@@ -199,10 +199,25 @@ def test_sliding(shape: tuple[int, int], window: Any, align: str) -> None:
 
 
 def test_sliding_refuses() -> None:
-    with pytest.raises(fc.ArgumentError, match="window_size and global_blocks must be >= 0"):
+    with pytest.raises(fc.ArgumentError, match=r"window_size\[0\] must be an integer >= 0"):
         fc.BlockMask.sliding(64, window_size=(-2, 0))
+    with pytest.raises(fc.ArgumentTypeError, match="window_size must be a pair, got 3"):
+        fc.BlockMask.sliding(64, window_size=3)  # type: ignore[arg-type]
+    with pytest.raises(fc.ArgumentError, match="global_blocks must be an integer >= 0"):
+        fc.BlockMask.sliding(64, window_size=(1, 1), global_blocks=-1)
     with pytest.raises(fc.ArgumentError, match="align must be"):
         fc.BlockMask.sliding(64, window_size=(1, 1), align="top")
+
+
+def test_lengths_that_are_none() -> None:
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[BlockMask\.from_bsr\] shape must be"):
+        fc.BlockMask.from_bsr([0, 1], [0], 4)  # type: ignore[arg-type]
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[BlockMask\.from_intervals\] seqlen_k must"):
+        fc.BlockMask.from_intervals([0], [1], "4")  # type: ignore[arg-type]
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[BlockMask\.butterfly\] seqlen_q must be"):
+        fc.BlockMask.butterfly("4")  # type: ignore[arg-type]
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[BlockMask\.from_dense\] m must be an array"):
+        fc.BlockMask.from_dense([[True], [True, False]])
 
 
 def test_lists_of_other_shapes() -> None:
@@ -214,6 +229,12 @@ def test_lists_of_other_shapes() -> None:
         fc.BlockMask(*lists[:2], *(x.repeat(2, 0) for x in lists[2:]), m.block)
     with pytest.raises(fc.ArgumentError, match=r"shape \(99, 64\) has"):
         fc.BlockMask(*lists, m.block, (99, 64))
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[BlockMask\] shape must be"):
+        fc.BlockMask(*lists, m.block, 64)  # type: ignore[arg-type]
+    with pytest.raises(fc.ArgumentTypeError, match="kv_num_blocks must be an int32 array, got int"):
+        fc.BlockMask(1, 2, 3, 4, (1, 1))
+    with pytest.raises(fc.ArgumentError, match="q_indices must be an int32 array, got float64"):
+        fc.BlockMask(*lists[:3], lists[3].astype(float), m.block)
     assert fc.BlockMask(*lists, m.block).shape == (64, 64)
 
 

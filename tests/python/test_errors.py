@@ -425,7 +425,7 @@ def test_dropout_mask_refuses():
     for shape, p, rng, part in (
         ((1, 1, 2, 2), 1.0, (1, 2), "[0, 1)"),
         ((1, 1, 2, 2), 0.5, None, "rng"),
-        ((1, 2, 2), 0.5, (1, 2), "4 dimensions"),
+        ((1, 2, 2), 0.5, (1, 2), "four integers"),
         ((1, 1, 2, -2), 0.5, (1, 2), ""),
     ):
         with pytest.raises((fc.ArgumentError, ValueError)) as raised:

@@ -311,6 +311,34 @@ def test_torch_tensors_without_data(torch: Any) -> None:
             fc.attention(x, k, v)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torch_tracers_are_refused(torch: Any) -> None:
+    """They record torch's own operations: the allocation of the result, not what fills it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(1, 16, 2, 8)
+    plain = np.ones((1, 16, 2, 8), np.float32)
+
+    def forward(x: Any) -> Any:
+        return fc.attention(x, x, x)
+
+    def backward(x: Any) -> Any:
+        return fc.attention_backward(x, x, x, x, x, x[..., 0]).dq
+
+    def merge(x: Any) -> Any:
+        return fc.merge([x], [x[..., 0]])[0]
+
+    def written(x: Any) -> Any:
+        return fc.attention(plain, plain, plain, out=x)
+
+    for function in (forward, backward, merge, written):
+        with pytest.raises(fc.UnsupportedError, match="torch dispatch mode"):
+            make_fx(function)(x)
+        with pytest.raises(fc.UnsupportedError, match=r"torch\.jit\.trace"):
+            torch.jit.trace(function, x, check_trace=False)
+    assert torch.equal(torch.compile(forward, backend="eager")(x), forward(x))
+
+
 def test_torch_vmap_is_loud(torch: Any) -> None:
     q, k, v = map(torch.from_numpy, inputs())
     with pytest.raises(fc.Error, match="q .*gives no data"):
@@ -609,6 +637,37 @@ def test_producer_errors_are_kept_as_cause() -> None:
         fc.attention(q, FailingProducer(k, capsule=MemoryError()), v)
 
 
+class RecursiveProducer(Producer):
+    def __dlpack__(self, **options: Any) -> Any:
+        return fc.attention(self, self, self)
+
+
+def test_a_producer_that_calls_itself() -> None:
+    q = RecursiveProducer(inputs()[0])
+    with pytest.raises(RecursionError) as info:
+        fc.attention(q, q, q)
+    assert len(str(info.value)) < 200
+
+
+def test_lone_surrogates_are_shown_as_escapes() -> None:
+    q, k, v = inputs()
+    with pytest.raises(fc.ArgumentError, match=r"out_dtype must be .* got '\\ud800'"):
+        fc.attention(q, k, v, out_dtype="\ud800")
+    with pytest.raises(fc.ArgumentError, match=r"gives no data: \\ud800"):
+        fc.attention(FailingProducer(q, capsule=ValueError("\ud800")), k, v)
+
+
+@pytest.mark.parametrize("device", [(2**40, 0), (1, 2**40), (1, 2**70), ("cpu", 0), (1,), 1])
+def test_producer_on_no_device(device: Any) -> None:
+    class Nowhere(Producer):
+        def __dlpack_device__(self) -> Any:
+            return device
+
+    q, k, v = inputs()
+    with pytest.raises(fc.ArgumentError, match="k .*Nowhere.* does not say where its data is"):
+        fc.attention(q, Nowhere(k), v)
+
+
 class CopyingProducer(Producer):
     def __dlpack__(self, **options: Any) -> Any:
         return self.array.__dlpack__(max_version=(1, 0), copy=True)
@@ -635,6 +694,18 @@ def test_what_is_not_an_array(bad: Any, name: str) -> None:
     with pytest.raises(fc.ArgumentError, match=rf"\[attention\] {name} ") as info:
         fc.attention(args.pop("q"), args.pop("k"), args.pop("v"), **args)
     assert isinstance(info.value, TypeError)
+
+
+def test_refused_types_are_not_kept_alive() -> None:
+    def refuse() -> weakref.ref[type]:
+        bad = type("Bad", (), {})
+        with pytest.raises(fc.ArgumentError):
+            fc.attention(bad(), *inputs()[1:])
+        return weakref.ref(bad)
+
+    gone = refuse()
+    gc.collect()
+    assert gone() is None
 
 
 def test_masked_array() -> None:
@@ -680,6 +751,7 @@ def test_dtypes_without_a_kernel(dtype: Any) -> None:
         ({"dropout_p": 0.1, "rng": (2**64, 0)}, r"rng\[0\] \(seed\) does not fit 64 bits"),
         ({"dropout_p": 0.1}, "rng is required"),
         ({"block_mask": np.ones((2, 2))}, "block_mask must be a flashcore.BlockMask"),
+        ({"block_mask": fc.BlockMask}, "block_mask must be a flashcore.BlockMask, got a class"),
         ({"num_splits": 1.0}, "num_splits must be an integer"),
         ({"num_splits": 2**40}, "num_splits does not fit 32 bits"),
         ({"deterministic": 2}, "deterministic must be True or False"),
@@ -847,6 +919,23 @@ def test_the_gil_is_released() -> None:
     assert ticks > 1
 
 
+@pytest.mark.parametrize(("length", "threads"), [(3000, 1), (3000, 2), (8, 2)])
+def test_exit_during_a_call(length: int, threads: int) -> None:
+    """Python ends daemon threads when it shuts down, wherever they are: no abort, no hang."""
+    code = f"""
+import flashcore, numpy, threading, time
+x = numpy.ones((1, {length}, 8, 64), numpy.float32)
+def work():
+    while True:
+        flashcore.attention(x, x, x)
+for _ in range({threads}):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.1)
+"""
+    for _ in range(4):
+        run_python(code)
+
+
 # ---- the rest of the API -------------------------------------------------------------------------
 
 
@@ -859,6 +948,52 @@ def test_merge_equals_whole() -> None:
     np.testing.assert_allclose(lse, whole.lse, atol=1e-6)
     with pytest.raises(fc.ArgumentError, match="one length"):
         fc.merge([parts[0].out], [])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: None, lambda x: (y for y in [x]), lambda x: {0: x}, lambda x: np.array(1.0)],
+    ids=["None", "generator", "dict", "scalar"],
+)
+def test_merge_takes_sequences(make: Any) -> None:
+    out, lse, _ = fc.attention(*inputs(), return_lse=True)
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[merge\] outs must be a sequence of arrays"):
+        fc.merge(make(out), [lse])
+    with pytest.raises(fc.ArgumentTypeError, match=r"\[merge\] lses must be a sequence of arrays"):
+        fc.merge([out], make(lse))
+
+
+def test_merge_out_dtype_refused() -> None:
+    out, lse, _ = fc.attention(*inputs(), return_lse=True)
+    with pytest.raises(fc.ArgumentError, match="out_dtype must be None .*float16.*, got 'x'"):
+        fc.merge([out], [lse], out_dtype="x")
+
+
+@pytest.mark.parametrize(
+    "shape", [None, "abc", 4, (1, 1, 4), (1, 1, -4, 4), (1, 1, 4.0, 4), (2**40,) * 4]
+)
+def test_dropout_mask_shapes(shape: Any) -> None:
+    with pytest.raises(fc.ArgumentError, match=r"\[dropout_mask\] shape .*"):
+        fc.dropout_mask(shape, 0.5, (1, 2))
+
+
+def test_dropout_mask_refuses() -> None:
+    shape = (1, 1, 2, 2)
+    with pytest.raises(fc.ArgumentTypeError, match="out must be a bool or uint8 array, got list"):
+        fc.dropout_mask(shape, 0.5, (1, 2), out=[1])
+    with pytest.raises(fc.ArgumentError, match="out must be bool or uint8, got float64"):
+        fc.dropout_mask(shape, 0.5, (1, 2), out=np.ones(shape))
+    for p in (1.0, -0.5, float("nan")):
+        with pytest.raises(fc.ArgumentError, match=r"\[dropout_mask\] p must be in \[0, 1\)"):
+            fc.dropout_mask(shape, p, (1, 2))
+
+
+@pytest.mark.parametrize("n", ["a", None, 1.5, 2**31, 2**70])
+def test_numbers_of_threads_that_are_none(n: Any) -> None:
+    before = fc.get_num_threads()
+    with pytest.raises(fc.ArgumentError, match=r"\[set_num_threads\] n "):
+        fc.set_num_threads(n)
+    assert fc.get_num_threads() == before
 
 
 def test_dropout_mask() -> None:
