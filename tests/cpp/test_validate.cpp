@@ -232,11 +232,8 @@ TEST("dtypes") {
   refuses([](Call& c) { c.k.dl.dtype.bits = 16; }, {"k must have q's dtype float32", "float16"});
   refuses([](Call& c) { c.q.dl.dtype = check::kI32; }, {"q has dtype int32", "float16, bfloat16"},
           FLASHCORE_UNSUPPORTED);
-  refuses(
-      [](Call& c) {
-        c.q.dl.dtype = {kDLComplex, 64, 1};
-      },
-      {"complex64"}, FLASHCORE_UNSUPPORTED);
+  refuses([](Call& c) { c.q.dl.dtype = {kDLComplex, 64, 1}; }, {"complex64"},
+          FLASHCORE_UNSUPPORTED);
   refuses([](Call& c) { c.q.dl.dtype.lanes = 4; }, {"float32x4"}, FLASHCORE_UNSUPPORTED);
   refuses([](Call& c) { c.out.dl.dtype.bits = 64; }, {"out must be float32", "float64"});
   refuses([](Call& c) { c.lse.dl.dtype.bits = 16; }, {"lse must be float32", "float16"});
