@@ -25,8 +25,7 @@ std::span<const Device> devices() {
     for (int id = 0; id < count; ++id) {
       cudaDeviceProp p;
       if (cudaGetDeviceProperties(&p, id) != cudaSuccess) continue;
-      Device d{p.major,          p.minor, p.multiProcessorCount, p.sharedMemPerBlockOptin,
-               p.totalGlobalMem, {}};
+      Device d{p.major, p.minor, p.multiProcessorCount, p.totalGlobalMem, {}};
       std::snprintf(d.name, sizeof d.name, "%.127s", p.name);
       found.push_back(d);
     }

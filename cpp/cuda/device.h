@@ -15,7 +15,6 @@ struct Device {
   int major = 0;  // compute capability
   int minor = 0;
   int multiprocessors = 0;
-  size_t shared_bytes = 0;  // per block, opt-in
   size_t memory_bytes = 0;
   char name[128] = {};
 };

@@ -1,6 +1,6 @@
-// The PTX layer on a real Hopper GPU: copy engine, descriptors, every wgmma shape in use, the store
-// path. Exact integers throughout, so an error says which element was read. Exits with 77 (skipped)
-// where there is no such GPU.
+// The PTX layer on a real Hopper GPU: copy engine, descriptors, every generated wgmma shape, the
+// store path. Exact integers throughout, so an error says which element was read. Exits with 77
+// (skipped) where there is no such GPU.
 #include <cstdio>
 #include <functional>
 #include <vector>
@@ -257,7 +257,7 @@ TEST("a box lands in shared memory as swizzled_offset says, zero outside the ten
   }
 }
 
-TEST("S = A B^T is exact for every shape and depth in use") {
+TEST("S = A B^T is exact for every shape that is generated") {
   abt_is_exact<__nv_bfloat16, 128, 64>();
   abt_is_exact<__nv_bfloat16, 128, 128>();
   abt_is_exact<__nv_bfloat16, 176, 128>();
@@ -269,7 +269,7 @@ TEST("S = A B^T is exact for every shape and depth in use") {
   abt_is_exact<__half, 80, 256>();
 }
 
-TEST("O += P B is exact for every shape and depth in use") {
+TEST("O += P B is exact for every shape that is generated") {
   pb_is_exact<__nv_bfloat16, 64, 128>();
   pb_is_exact<__nv_bfloat16, 128, 128>();
   pb_is_exact<__nv_bfloat16, 128, 176>();
