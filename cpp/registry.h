@@ -29,6 +29,8 @@ struct Kernel {
   void (*plan)(const Kernel&, const Problem&, Plan&);
   // Enqueues (CUDA) or does (CPU) the work. Throws Failure.
   void (*launch)(const Kernel&, const Problem&, const Plan&, void* workspace, void* stream);
+  // The backend's own description of the kernel; nobody else looks at it.
+  const void* instance = nullptr;
 };
 
 struct Backend {

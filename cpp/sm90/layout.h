@@ -34,6 +34,16 @@ FC_HD constexpr Coord a_operand_coord(int thread, int reg, int half) {
   return {16 * warp + lane / 4 + 8 * (reg % 2), 8 * (reg / 2) + 2 * (lane % 4) + half};
 }
 
+// To store a packed 64 x N accumulator transposed (N rows of 64 columns, one panel), a warp stores
+// patches of 16 accumulator rows x 16 columns: registers 4 * patch .. 4 * patch + 3 are its four
+// 8x8 matrices, and lane l points at row l % 8 of transposed matrix l / 8. Byte offset in the
+// panel.
+FC_HD constexpr uint32_t transposed_patch_offset(int warp, int lane, int patch) {
+  int const column = 16 * patch + 8 * (lane / 16) + lane % 8;
+  return swizzled_offset(static_cast<uint32_t>(column),
+                         static_cast<uint32_t>(2 * warp + lane / 8 % 2));
+}
+
 // wgmma matrix descriptors, without the address (bits 0..13: address / 16).
 //   bits 16..29 leading byte offset / 16, 32..45 stride byte offset / 16, 62..63 = 1: 128-B swizzle
 //

@@ -1,6 +1,7 @@
 // What a Hopper forward kernel is (FwdConfig, a value) and what it is given (FwdParams).
 #pragma once
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 
 #include "common/types.h"
 #include "tile/mask.h"
@@ -18,6 +19,8 @@ struct FwdConfig {
   int block_n;   // keys of a block
   int stages;    // K and V blocks in flight
   int q_stages;  // 2: the next tile's Q is fetched, and O leaves, while others compute
+  bool turns;    // consumers issue their products in turn instead of as they come
+  int from;      // shortest seqlen_k this row is for: below, another row is faster
 
   constexpr int consumers() const { return block_m / 64; }
   constexpr int threads() const { return 128 * (1 + consumers()); }
@@ -41,6 +44,7 @@ struct FwdParams {
   int64_t lse_batch_stride, lse_head_stride;
   float scale;
   float scale_log2;  // scale * log2(e)
+  float headroom;    // by how much a raw score may exceed its row's reference, see softmax.cuh
   int seqlen_q, seqlen_k;
   int head_dim, head_dim_v;
   int group;  // query heads per key head
@@ -49,5 +53,9 @@ struct FwdParams {
   tile::Window window;
   tile::TileScheduler scheduler;
 };
+
+// One row of instances.def; its translation unit defines it.
+template <FwdConfig kConfig>
+void launch(const FwdParams& params, int blocks, int device, cudaStream_t stream);
 
 }  // namespace flashcore::sm90::fwd

@@ -1,16 +1,15 @@
-// The Hopper backend's table: what each forward kernel takes, how it is planned and launched.
+// The forward kernels' table: what each takes, how it is planned and launched.
 #include <string>
 #include <vector>
 
 #include "common/error.h"
 #include "common/text.h"
-#include "cuda/device.h"
-#include "registry.h"
-#include "sm90/fwd/instances.h"
+#include "sm90/backend.h"
+#include "sm90/fwd/config.h"
+#include "sm90/tensor_map.h"
 #include "tile/block_range.h"
 
-namespace flashcore {
-namespace sm90::fwd {
+namespace flashcore::sm90::fwd {
 namespace {
 
 // Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, in
@@ -20,28 +19,21 @@ constexpr int64_t kL2Budget = int64_t{32} << 20;
 // What a tile costs besides its key blocks, in key blocks: the first product, the last, the store.
 constexpr double kTileOverhead = 1.5;
 
-using Launch = void (*)(const FwdParams&, int blocks, int device, cudaStream_t);
-
 struct Instance {
   FwdConfig config;
-  const char* name;
-  Launch launch;
+  void (*launch)(const FwdParams&, int blocks, int device, cudaStream_t);
 };
 
+using enum DType;
+using enum Mask;
 constexpr Instance kInstances[] = {
-#define FWD(dtype, head_dim, mask, m, n, stages, q_stages)    \
-  {FWD_CONFIG(dtype, head_dim, mask, m, n, stages, q_stages), \
-   "sm90-fwd-" #dtype "-d" #head_dim "-" #mask,               \
-   FWD_SYMBOL(dtype, head_dim, mask, m, n, stages, q_stages)},
+#define FWD(...) {FwdConfig{__VA_ARGS__}, launch<FwdConfig{__VA_ARGS__}>},
 #include "sm90/fwd/instances.def"
 #undef FWD
 };
 
-const Instance& instance_of(const Kernel& kernel);
-
-bool is_hopper(int device) {
-  auto const devices = cuda::devices();
-  return device >= 0 && device < static_cast<int>(devices.size()) && devices[device].major == 9;
+const Instance& instance_of(const Kernel& kernel) {
+  return *static_cast<const Instance*>(kernel.instance);
 }
 
 // What no instance does yet, in the caller's words; empty if the problem asks for none of it.
@@ -64,43 +56,13 @@ std::string unbuilt(const Problem& p) {
   return {};
 }
 
-// The copy engine wants 16-byte aligned bases and strides; empty if it can take the tensor.
-std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t rows,
-                         int64_t heads) {
-  if (reinterpret_cast<uintptr_t>(r.data) % 16 != 0)
-    return text(name, " must start at a multiple of 16 bytes for the copy engine");
-  const struct {
-    const char* dim;
-    int64_t extent, stride;
-  } dims[] = {{"batch", batch, r.batch_stride},
-              {"seqlen", rows, r.row_stride},
-              {"heads", heads, r.head_stride}};
-  for (auto const& d : dims)
-    if (d.extent > 1 && (d.stride <= 0 || d.stride % 8 != 0 || d.stride >= int64_t{1} << 39))
-      return text(name, "'s ", d.dim, " stride must be a positive multiple of 8 elements, got ",
-                  d.stride, ": pass a contiguous copy");
-  return {};
-}
-
 std::string refusal(const Kernel& kernel, const Problem& p) {
   FwdConfig const& c = instance_of(kernel).config;
-  if (!is_hopper(p.device_id))
-    return text("needs a GPU of compute capability 9.0; cuda:", p.device_id, " is another");
-  if (p.dtype != DType::f16 && p.dtype != DType::bf16)
-    return text("takes float16 and bfloat16, got ", dtype_name(p.dtype));
-  if (p.dtype != c.dtype) return text("takes ", dtype_name(c.dtype));
-  const struct {
-    const char* name;
-    int64_t size;
-  } head_dims[] = {{"head_dim", p.head_dim}, {"v's head_dim", p.head_dim_v}};
-  for (auto const& d : head_dims) {
-    if (d.size % 8 != 0)
-      return text(d.name, " must be a multiple of 8, got ", d.size, ": pad to ",
-                  round_up<int64_t>(d.size, 8));
-    if (d.size > c.head_dim)
-      return text("takes a ", d.name, " up to ", c.head_dim, ", got ", d.size);
-  }
+  if (std::string why = misfit(p, c.dtype, c.head_dim); !why.empty()) return why;
   if (std::string why = unbuilt(p); !why.empty()) return why;
+  if (p.seqlen_k < c.from)
+    return text("is for seqlen_k of at least ", c.from, ", got ", p.seqlen_k,
+                ": another kernel is faster there");
   if (c.mask == Mask::none && p.window.right < tile::Window::kOpen) return "has no causal mask";
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
   if (p.out && p.out.dtype != p.dtype)
@@ -126,23 +88,7 @@ void plan(const Kernel&, const Problem&, Plan& plan) {
   plan.deterministic = true;
 }
 
-// A tensor as (head_dim, rows, heads, batch) with a box of box_rows rows and one panel of columns.
-CUtensorMap tensor_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
-                       int64_t batch, int box_rows) {
-  auto bytes = [](int64_t extent, int64_t stride) {
-    return static_cast<uint64_t>(extent > 1 ? stride * 2 : 16);  // any legal stride: never used
-  };
-  auto u = [](int64_t n) { return static_cast<uint64_t>(n); };
-  return cuda::encode_tensor_map(
-      {r.data,
-       dtype == DType::bf16,
-       4,
-       {u(cols), u(rows), u(heads), u(batch)},
-       {bytes(rows, r.row_stride), bytes(heads, r.head_stride), bytes(batch, r.batch_stride)},
-       {64, static_cast<uint32_t>(box_rows), 1, 1}});
-}
-
-void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* stream) {
+void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void*, void* stream) {
   Instance const& instance = instance_of(kernel);
   FwdConfig const& c = instance.config;
   if (p.batch == 0 || p.seqlen_q == 0) return;
@@ -170,6 +116,7 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* st
   params.lse_head_stride = p.lse.head_stride;
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
+  params.headroom = static_cast<float>(min_of(8.0 / (p.scale * 1.4426950408889634), 1e30));
   params.seqlen_q = static_cast<int>(p.seqlen_q);
   params.seqlen_k = static_cast<int>(p.seqlen_k);
   params.head_dim = static_cast<int>(p.head_dim);
@@ -191,7 +138,9 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* st
                       static_cast<int>(pairs), largest};
   int const blocks =
       min_of(params.scheduler.num_tiles(), cuda::devices()[p.device_id].multiprocessors);
-  if (c.mask != Mask::none && params.scheduler.num_tiles() > blocks)
+  if (c.mask == none)  // all tiles cost the same: neighbours share K and V, and nothing else counts
+    params.scheduler.section_pairs = params.group;
+  else if (params.scheduler.num_tiles() > blocks)
     params.scheduler.section_pairs =
         tile::balanced_section(params.scheduler, largest, params.group, blocks, [&](int m_block) {
           int64_t const row = int64_t{m_block} * c.block_m;
@@ -202,39 +151,33 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void*, void* st
   instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));
 }
 
-std::span<const Kernel> kernels() {
-  static const std::vector<Kernel> table = [] {
-    bool any_hopper = false;
-    for (auto const& device : cuda::devices()) any_hopper |= device.major == 9;
-    std::vector<Kernel> rows;
-    for (Instance const& i : kInstances) {
-      flashcore_kernel_info info{};
-      info.struct_size = sizeof info;
-      info.direction = FLASHCORE_FORWARD;
-      info.name = i.name;
-      info.backend = "sm90";
-      info.isa = "sm_90a";
-      info.dtype = dtype_name(i.config.dtype);
-      info.mask = i.config.mask == Mask::none ? "none" : "causal";
-      info.head_dim = info.head_dim_v = i.config.head_dim;
-      info.block_m = i.config.block_m;
-      info.block_n = i.config.block_n;
-      info.usable = any_hopper;
-      rows.push_back({info, refusal, plan, launch});
-    }
-    return rows;
-  }();
-  return table;
-}
-
-const Instance& instance_of(const Kernel& kernel) { return kInstances[&kernel - kernels().data()]; }
-
 }  // namespace
-}  // namespace sm90::fwd
 
-const Backend& sm90_backend() {
-  static const Backend backend{"sm90", kDLCUDA, sm90::fwd::kernels, "", nullptr, nullptr};
-  return backend;
+std::vector<Kernel> table() {
+  static std::vector<std::string> names;  // rows point into it
+  names.reserve(std::size(kInstances));
+  bool const usable = any_hopper();
+  std::vector<Kernel> rows;
+  for (Instance const& i : kInstances) {
+    FwdConfig const& c = i.config;
+    const char* const mask = c.mask == none ? "none" : "causal";
+    names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim, "-", mask,
+                         "-", c.block_m, "x", c.block_n));
+    flashcore_kernel_info info{};
+    info.struct_size = sizeof info;
+    info.direction = FLASHCORE_FORWARD;
+    info.name = names.back().c_str();
+    info.backend = "sm90";
+    info.isa = "sm_90a";
+    info.dtype = dtype_name(c.dtype);
+    info.mask = mask;
+    info.head_dim = info.head_dim_v = c.head_dim;
+    info.block_m = c.block_m;
+    info.block_n = c.block_n;
+    info.usable = usable;
+    rows.push_back({info, refusal, plan, launch_problem, &i});
+  }
+  return rows;
 }
 
-}  // namespace flashcore
+}  // namespace flashcore::sm90::fwd

@@ -6,27 +6,25 @@
 
 namespace flashcore::sm90::fwd {
 
-// Writes this warp's 16 rows of O through its own rows of the staging area. When that area is the Q
-// tile, every warp of the warpgroup must be past its last read of Q, and on return Q may be
-// refilled.
+// Through the staging area, whose rows are this warp's own: the copy engine leaves out the rows and
+// columns past the end.
 template <class T>
-FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const typename T::OutputTile& o,
-                       int tile_row, int row, int head, int batch) {
+FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh,
+                              const typename T::OutputTile& o, int tile_row, int row, int head,
+                              int batch) {
+  using Element = typename T::Element;
   int const lane = threadIdx.x % 32;
   // Lane l addresses row l % 8 of 8x8 matrix l / 8; the matrices are (row half) + 2 * (column
   // half).
   int const matrix = lane / 8;
   int const staging_row = tile_row + lane % 8 + 8 * (matrix % 2);
-  if constexpr (T::kOwnStaging) {  // the previous tile's stores have left the staging area
-    if (lane == 0) tma_store_wait_read();
-    __syncwarp();
-  }
-  uint32_t const base = smem_address(sh.staging());
+  if (lane == 0) tma_store_wait_read();  // the previous tile's stores have left the staging area
+  __syncwarp();
+  uint32_t const base = smem_address(sh.o);
 #pragma unroll
   for (int g = 0; g < T::kHeadDim / 16; ++g) {
     uint32_t const address = base + (g / 4) * T::kBlockM * kPanelBytes +
                              swizzled_offset(staging_row, (g % 4) * 2 + matrix / 2);
-    using Element = typename T::Element;
     store_matrix_x4(
         address, pack<Element>(o[8 * g], o[8 * g + 1]), pack<Element>(o[8 * g + 2], o[8 * g + 3]),
         pack<Element>(o[8 * g + 4], o[8 * g + 5]), pack<Element>(o[8 * g + 6], o[8 * g + 7]));
@@ -37,12 +35,46 @@ FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const typenam
 #pragma unroll
     for (int panel = 0; panel < T::kPanels; ++panel)
       if (panel * kPanelCols < p.head_dim_v)
-        tma_store(p.out, sh.staging() + (panel * T::kBlockM + tile_row) * kPanelBytes,
-                  panel * kPanelCols, row, head, batch);
+        tma_store(p.out, sh.o + (panel * T::kBlockM + tile_row) * kPanelBytes, panel * kPanelCols,
+                  row, head, batch);
     tma_store_commit();
-    if constexpr (!T::kOwnStaging) tma_store_wait_read();  // Q's rows are about to be refilled
   }
   __syncwarp();
+}
+
+// Straight from the registers. The four lanes of a quad hold neighbouring pairs of columns of a
+// row; they exchange them, so that each writes 16 bytes at once.
+template <class T>
+FC_DEVICE void store_o_direct(const FwdParams& p, const typename T::OutputTile& o, int row,
+                              int head, int batch) {
+  using Element = typename T::Element;
+  int const quad_lane = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int const i = row + threadIdx.x % 32 / 4 + 8 * r;
+    auto* const out = static_cast<Element*>(p.out_ref.data) + batch * p.out_ref.batch_stride +
+                      head * p.out_ref.head_stride + i * p.out_ref.row_stride + 8 * quad_lane;
+#pragma unroll
+    for (int c = 0; c < T::kHeadDim / 32; ++c) {  // 32 columns: eight of each lane
+      uint32_t x[4];
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        x[g] = pack<Element>(o[16 * c + 4 * g + 2 * r], o[16 * c + 4 * g + 2 * r + 1]);
+      quad_transpose(x);
+      if (i < p.seqlen_q && 32 * c + 8 * quad_lane < p.head_dim_v)
+        *reinterpret_cast<uint4*>(out + 32 * c) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+// Writes this warp's 16 rows of O: rows [row, row + 16) of the head, tile_row of the tile.
+template <class T>
+FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const typename T::OutputTile& o,
+                       int tile_row, int row, int head, int batch) {
+  if constexpr (T::kStageO)
+    store_o_staged<T>(p, sh, o, tile_row, row, head, batch);
+  else
+    store_o_direct<T>(p, o, row, head, batch);
 }
 
 }  // namespace flashcore::sm90::fwd

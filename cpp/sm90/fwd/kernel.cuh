@@ -12,8 +12,8 @@
 //     tensor cores   S(j) = Q K(j)^T | O += P(j+1) V(j+1)
 //     other units                    | mask, max, exp of S(j)
 //
-// Shared memory: Q[kQStages] | O staging (Q itself with one Q stage) | K[kStages] | V[kStages] |
-// barriers.
+// Shared memory: Q[kQStages] | O staging (none with one Q stage) | K[kStages] | V[kStages] |
+// Work[kQStages] | barriers.
 // The tile loop is persistent: the rings keep their stage and parity across tiles, so the producer
 // fetches the next tile's K and V while consumers finish this one.
 #pragma once
@@ -22,30 +22,10 @@
 #include "sm90/fwd/repair.cuh"
 #include "sm90/fwd/softmax.cuh"
 #include "sm90/fwd/traits.cuh"
-#include "tile/block_range.h"
+#include "sm90/fwd/work.cuh"
 #include "tile/pipeline.h"
 
 namespace flashcore::sm90::fwd {
-
-// One query tile and the key blocks it visits; producer and consumers compute it alike.
-template <class T>
-struct Work {
-  tile::Tile tile;
-  int row;                     // first query row
-  int64_t q_offset;            // the key that query row 0 faces
-  int first, last_full, last;  // key blocks; [last_full, last) need the mask
-
-  FC_DEVICE Work(const FwdParams& p, int index) : tile(p.scheduler.tile(index)) {
-    row = tile.m_block * T::kBlockM;
-    q_offset = p.q_offset_tensor ? p.q_offset_tensor[tile.batch] : p.q_offset;
-    tile::BlockRange const blocks = tile::key_blocks(
-        p.window, row, min_of(row + T::kBlockM, p.seqlen_q), q_offset, p.seqlen_k, T::kBlockN);
-    first = static_cast<int>(blocks.first);
-    last_full = static_cast<int>(blocks.last_full);
-    last = static_cast<int>(blocks.last);
-  }
-  FC_DEVICE bool empty() const { return last <= first; }
-};
 
 template <class T>
 struct Kernel {
@@ -58,7 +38,7 @@ struct Kernel {
   template <class Body>
   FC_DEVICE static void for_each_tile(const FwdParams& p, Body body) {
     for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x)
-      body(Work<T>(p, index));
+      body(Work::of(p, index, T::kBlockM, T::kBlockN));
   }
 
   // ---- producer ---------------------------------------------------------------------------------
@@ -73,25 +53,26 @@ struct Kernel {
 
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
-    for_each_tile(p, [&](const Work<T>& work) {
-      int const kv_head = work.tile.head / p.group;
+    for_each_tile(p, [&](const Work& work) {
+      int const kv_head = work.head / p.group;
       auto load_k = [&](int j) {
         sh.k_free[k.stage].wait(k.parity);
         load_panels<T, T::kBlockN>(sh.k[k.stage], p.k, sh.k_ready[k.stage], j * T::kBlockN, kv_head,
-                                   work.tile.batch, shared_by_tiles);
+                                   work.batch, shared_by_tiles);
         k.advance();
       };
       auto load_v = [&](int j) {
         sh.v_free[v.stage].wait(v.parity);
         load_panels<T, T::kBlockN>(sh.v[v.stage], p.v, sh.v_ready[v.stage], j * T::kBlockN, kv_head,
-                                   work.tile.batch, shared_by_tiles);
+                                   work.batch, shared_by_tiles);
         v.advance();
       };
       int j = work.last - 1;
       if (!work.empty()) load_k(j);
       sh.q_free[q.stage].wait(q.parity);
-      load_panels<T, T::kBlockM>(sh.q[q.stage], p.q, sh.q_ready[q.stage], work.row, work.tile.head,
-                                 work.tile.batch, once);
+      sh.work[q.stage] = work;
+      load_panels<T, T::kBlockM>(sh.q[q.stage], p.q, sh.q_ready[q.stage], work.row, work.head,
+                                 work.batch, once);
       q.advance();
       for (; j > work.first; --j) {  // K runs one block ahead of V, as it is consumed
         load_k(j - 1);
@@ -99,6 +80,9 @@ struct Kernel {
       }
       if (!work.empty()) load_v(j);
     });
+    sh.q_free[q.stage].wait(q.parity);
+    sh.work[q.stage] = Work::none();
+    sh.q_ready[q.stage].arrive();
   }
 
   // ---- consumers --------------------------------------------------------------------------------
@@ -112,57 +96,53 @@ struct Kernel {
     Ring k = Ring::consumer(), v = Ring::consumer();
     QRing q = QRing::consumer();
     float probe = 0.0f;  // NaN once an output was not finite
-    for_each_tile(p, [&](const Work<T>& work) {
+    for (;; q.advance()) {
+      sh.q_ready[q.stage].wait(q.parity);
+      Work const work = sh.work[q.stage];
+      if (work.row < 0) break;
+
       typename T::OutputTile rO;
 #pragma unroll
       for (float& x : rO) x = 0.0f;
-      OnlineSoftmax softmax{p.scale_log2};
-
-      sh.q_ready[q.stage].wait(q.parity);
-      if (!work.empty())
-        attend(p, sh, work, sh.q[q.stage] + 64 * consumer * kPanelBytes, warp_row + lane / 4, k, v,
-               softmax, rO);
-      if constexpr (T::kOwnStaging) release(sh.q_free[q.stage]);
+      OnlineSoftmax softmax{p.scale_log2, p.headroom};
+      if (work.empty())
+        release(sh.q_free[q.stage]);
+      else
+        attend(p, sh, work, sh.q[q.stage] + 64 * consumer * kPanelBytes, sh.q_free[q.stage],
+               warp_row + lane / 4, k, v, softmax, rO);
 
       softmax.finish(rO);
       if constexpr (T::kMask != Mask::none) probe += finite_probe(rO);
-      if constexpr (!T::kOwnStaging)
-        named_barrier_sync(T::kQReadByAll + consumer, 128);  // Q was read by all
-      store_o<T>(p, sh, rO, warp_row, work.row + warp_row, work.tile.head, work.tile.batch);
-      if constexpr (!T::kOwnStaging) release(sh.q_free[q.stage]);
-      q.advance();
+      store_o<T>(p, sh, rO, warp_row, work.row + warp_row, work.head, work.batch);
       if (p.lse && lane % 4 == 0) {
-        float* const lse =
-            p.lse + work.tile.batch * p.lse_batch_stride + work.tile.head * p.lse_head_stride;
+        float* const lse = p.lse + work.batch * p.lse_batch_stride + work.head * p.lse_head_stride;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           int const i = work.row + warp_row + lane / 4 + 8 * r;
           if (i < p.seqlen_q) lse[i] = softmax.lse(r, p.scale);
         }
       }
-    });
+    }
 
     if (__any_sync(0xffffffffu, !(probe == 0.0f))) {
       if (lane == 0) tma_store_wait();
       __syncwarp();
-      for_each_tile(p, [&](const Work<T>& work) {
-        Repair<T>::rows(p, work.tile.batch, work.tile.head, work.row + warp_row, work.q_offset);
+      for_each_tile(p, [&](const Work& work) {
+        Repair<T>::rows(p, work.batch, work.head, work.row + warp_row,
+                        Work::q_offset_of(p, work.batch));
       });
     }
   }
 
   // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile.
-  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work<T>& work, const char* sQ,
-                               int thread_row, Ring& k, Ring& v, OnlineSoftmax& softmax,
-                               typename T::OutputTile& rO) {
+  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work& work, const char* sQ,
+                               Barrier& q_free, int thread_row, Ring& k, Ring& v,
+                               OnlineSoftmax& softmax, typename T::OutputTile& rO) {
     typename T::ScoreTile rS;
     typename T::ProbTile rP;
     int limit[2];  // one past the last key each row sees
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      limit[r] = static_cast<int>(
-          tile::visible_keys(p.window, work.row + thread_row + 8 * r, work.q_offset, p.seqlen_k)
-              .last);
+    for (int r = 0; r < 2; ++r) limit[r] = min_of(p.seqlen_k, work.limit + thread_row + 8 * r);
 
     // The last block: there is no P V yet to overlap with.
     int j = work.last - 1;
@@ -177,7 +157,10 @@ struct Kernel {
     release(sh.k_free[k.stage]);
     k.advance();
     if (j >= work.last_full) exclude(rS, limit, j);
-    softmax.update(rS);
+    softmax.raise_max(rS, 0);
+    softmax.exponentiate(rS, 0);
+    softmax.raise_max(rS, 1);
+    softmax.exponentiate(rS, 1);
     to_probabilities(rP, rS);
 
     --j;
@@ -186,8 +169,9 @@ struct Kernel {
         step<true>(sh, sQ, k, v, softmax, rS, rP, rO, limit, j);
     for (; j >= work.first; --j) step<false>(sh, sQ, k, v, softmax, rS, rP, rO, limit, j);
 
+    release(q_free);  // the producer may fetch the next tile's Q over this one
+
     // The first block's P V: there is no Q K^T left to overlap with.
-    if constexpr (T::kRescaleEarly) softmax.rescale(rO);
     sh.v_ready[v.stage].wait(v.parity);
     pin(rO);
     wgmma_fence();
@@ -209,7 +193,6 @@ struct Kernel {
     wgmma_fence();
     gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
     wgmma_commit();
-    if constexpr (T::kRescaleEarly) softmax.rescale(rO);
     sh.v_ready[v.stage].wait(v.parity);
     pin(rO);
     wgmma_fence();
@@ -222,15 +205,32 @@ struct Kernel {
     release(sh.k_free[k.stage]);
     k.advance();
     if constexpr (kMasked) exclude(rS, limit, j);
-    softmax.update(rS);
-    pin(rS);  // else the compiler waits for O before the exponentials, and nothing overlaps
+    softmax.raise_max(rS, 0);
+    softmax.exponentiate(rS, 0);
+    softmax.raise_max(rS, 1);
 
+    if constexpr (T::kSplitSoftmax) {
+      // The branch matters even where O is not rescaled: without one the compiler would move the
+      // wait for O up to the start of the exponentials, and nothing would overlap.
+      if (softmax.raised()) {
+        wgmma_wait<0>();
+        pin(rO);
+        softmax.rescale(rO);
+      }
+    } else {
+      softmax.exponentiate(rS, 1);
+      pin(rS);
+    }
     wgmma_wait<0>();
     pin(rO);
     release(sh.v_free[v.stage]);
     v.advance();
-    if constexpr (!T::kRescaleEarly) softmax.rescale(rO);
+    if constexpr (T::kSplitSoftmax)
+      softmax.exponentiate(rS, 1);
+    else
+      softmax.rescale(rO);
     to_probabilities(rP, rS);  // only now: P(j+1) V(j+1) was reading rP
+    pin(rP);
   }
 
   // Scores of keys at or past the row's limit become -inf.
@@ -249,9 +249,12 @@ struct Kernel {
 
   // Consumers issue their products in turn, so that one computes its softmax while the tensor cores
   // work for another, instead of all at once. Each consumer takes one turn per key block.
-  FC_DEVICE static void take_turn() { named_barrier_sync(T::kTurn + warpgroup_index() - 1, 256); }
+  FC_DEVICE static void take_turn() {
+    if constexpr (T::kTurns) named_barrier_sync(T::kTurn + warpgroup_index() - 1, 256);
+  }
   FC_DEVICE static void pass_turn() {
-    named_barrier_arrive(T::kTurn + warpgroup_index() % T::kConsumers, 256);
+    if constexpr (T::kTurns)
+      named_barrier_arrive(T::kTurn + warpgroup_index() % T::kConsumers, 256);
   }
 
   // One arrival per warp: the warps of a warpgroup may be apart.

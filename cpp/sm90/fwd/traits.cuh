@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "sm90/fwd/config.h"
+#include "sm90/fwd/work.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -19,36 +20,38 @@ struct Traits {
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kQStages = kConfig.q_stages;
-  // With one Q stage O leaves through Q's rows; with two it has a staging area of its own.
-  static constexpr bool kOwnStaging = kQStages > 1;
+  // Where shared memory is short of room for O, it leaves straight from the registers.
+  static constexpr bool kStageO = kQStages > 1;
   static constexpr int kConsumers = kConfig.consumers();
   static constexpr int kThreads = kConfig.threads();
   static constexpr Mask kMask = kConfig.mask;
+  static constexpr bool kTurns = kConfig.turns;
 
   // 128 * sum of the three or four must not exceed 65536, and the producer's release must come up
   // with what the consumers claim above the launch value (168 or 128).
   static constexpr int kProducerRegs = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : 160;
 
-  // Named barriers; 0 is __syncthreads. One of each per consumer.
-  enum NamedBarrier : int { kQReadByAll = 1, kTurn = 1 + kConsumers };
+  // Named barriers; 0 is __syncthreads. One per consumer.
+  enum NamedBarrier : int { kTurn = 1 };
 
-  // O is rescaled under the Q K^T of the next block when it is too large to do so after the wait.
-  static constexpr bool kRescaleEarly = kHeadDim > 128;
+  // The wait for O stands between the exponentials of a thread's two rows, and O is rescaled only
+  // when a maximum rose by much. At head dim 64 the exponentials are the bottleneck and O is small:
+  // there all of them come first.
+  static constexpr bool kSplitSoftmax = kHeadDim > 64;
 
   static constexpr int kQBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKvBytes = kBlockN * kHeadDim * 2;
 
   struct Shared {
     alignas(1024) char q[kQStages][kQBytes];
-    alignas(1024) char o[kOwnStaging ? kQBytes : 1024];
+    alignas(1024) char o[kStageO ? kQBytes : 1024];
     alignas(1024) char k[kStages][kKvBytes];
     alignas(1024) char v[kStages][kKvBytes];
+    Work work[kQStages];
     Barrier q_ready[kQStages], q_free[kQStages];
     Barrier k_ready[kStages], k_free[kStages];
     Barrier v_ready[kStages], v_free[kStages];
-
-    FC_DEVICE char* staging() { return kOwnStaging ? o : q[0]; }
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 

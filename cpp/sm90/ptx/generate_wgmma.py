@@ -1,9 +1,10 @@
 """Writes wgmma_shapes.cuh: one wrapper per wgmma shape, operand source and dtype.
 
-    python generate_wgmma.py OUTPUT N [N ...]
+    python generate_wgmma.py OUTPUT
 
 The register lists of an inline-asm statement must be spelled out, so they are generated; everything
-else about wgmma is in wgmma.cuh. All shapes are m64nNk16 with float32 accumulators.
+else about wgmma is in wgmma.cuh. Every shape m64nNk16 with float32 accumulators is there: N from 8
+to 256 in steps of 8.
 """
 
 import sys
@@ -16,8 +17,9 @@ HEADER = """\
 
 namespace flashcore::sm90 {
 
-// D (64 x N, float32) = A (64 x 16) B (16 x N) + (accumulate ? D : 0).
-// ss: A from shared memory, K-major. rs: A from registers. kTransposeB: B is MN-major.
+// D (64 x N, float32) += A (64 x 16) B (16 x N). ss: A from shared memory; rs: A from registers.
+// ss_first: D = A B, and D's old values are not kept alive for it (they would be, for a sum with a
+// factor of zero). kTransposeA, kTransposeB: that operand is MN-major.
 template <class T, int N>
 struct Wgmma;
 """
@@ -25,25 +27,31 @@ struct Wgmma;
 STRUCT = """
 template <>
 struct Wgmma<{cpp}, {n}> {{
-  template <int kTransposeB>
-  static __device__ __forceinline__ void ss(float (&d)[{count}], uint64_t a, uint64_t b,
-                                            int accumulate) {{
+  template <int kTransposeA, int kTransposeB>
+  static __device__ __forceinline__ void ss_first(float (&d)[{count}], uint64_t a, uint64_t b) {{
     asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{acc_ss}, 0;\\n"
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, 0, 0;\\n"
         "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} "
-        "{{{dlist}}}, %{a_ss}, %{b_ss}, p, 1, 1, 0, %{t_ss};\\n}}\\n"
+        "{{{dlist}}}, %{x0}, %{x1}, p, 1, 1, %{x2}, %{x3};\\n}}\\n"
+        : {first_outs}
+        : "l"(a), "l"(b), "n"(kTransposeA), "n"(kTransposeB));
+  }}
+  template <int kTransposeA, int kTransposeB>
+  static __device__ __forceinline__ void ss(float (&d)[{count}], uint64_t a, uint64_t b) {{
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} "
+        "{{{dlist}}}, %{x0}, %{x1}, 1, 1, 1, %{x2}, %{x3};\\n"
         : {outs}
-        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeB));
+        : "l"(a), "l"(b), "n"(kTransposeA), "n"(kTransposeB));
   }}
   template <int kTransposeB>
   static __device__ __forceinline__ void rs(float (&d)[{count}], uint32_t a0, uint32_t a1,
-                                            uint32_t a2, uint32_t a3, uint64_t b, int accumulate) {{
+                                            uint32_t a2, uint32_t a3, uint64_t b) {{
     asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{acc_rs}, 0;\\n"
         "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} "
-        "{{{dlist}}}, {{%{a0}, %{a1}, %{a2}, %{a3}}}, %{b_rs}, p, 1, 1, %{t_rs};\\n}}\\n"
+        "{{{dlist}}}, {{%{x0}, %{x1}, %{x2}, %{x3}}}, %{x4}, 1, 1, 1, %{x5};\\n"
         : {outs}
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(kTransposeB));
   }}
 }};
 """
@@ -58,28 +66,16 @@ def wrapper(cpp: str, ptx: str, n: int) -> str:
         count=count,
         dlist=", ".join(f"%{i}" for i in range(count)),
         outs=", ".join(f'"+f"(d[{i}])' for i in range(count)),
-        a_ss=count,
-        b_ss=count + 1,
-        acc_ss=count + 2,
-        t_ss=count + 3,
-        a0=count,
-        a1=count + 1,
-        a2=count + 2,
-        a3=count + 3,
-        b_rs=count + 4,
-        acc_rs=count + 5,
-        t_rs=count + 6,
+        first_outs=", ".join(f'"=f"(d[{i}])' for i in range(count)),
+        **{f"x{i}": count + i for i in range(6)},
     )
 
 
 def main() -> None:
-    output, shapes = Path(sys.argv[1]), sorted({int(n) for n in sys.argv[2:]})
-    for n in shapes:
-        if n % 8 or not 8 <= n <= 256:
-            sys.exit(f"wgmma has no shape m64n{n}k16")
+    output = Path(sys.argv[1])
     body = "".join(
         wrapper(cpp, ptx, n)
-        for n in shapes
+        for n in range(8, 257, 8)
         for cpp, ptx in (("__nv_bfloat16", "bf16"), ("__half", "f16"))
     )
     output.parent.mkdir(parents=True, exist_ok=True)

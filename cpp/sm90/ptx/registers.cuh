@@ -1,4 +1,4 @@
-// Warp and warpgroup control, and register arithmetic.
+// Warp and warpgroup control, register arithmetic, and ways out of registers.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -64,6 +64,36 @@ FC_DEVICE void store_matrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint3
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
+}
+
+// The same, each matrix transposed: its column i goes to the address of its row i.
+FC_DEVICE void store_matrix_x4_transposed(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
+                                          uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
+
+// Adds to four neighbouring floats in global memory, in no particular order among threads.
+FC_DEVICE void reduce_add_x4(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a),
+               "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
+// Lane i of a quad gives its x[j] to x[i] of lane j.
+FC_DEVICE void quad_transpose(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      bool const upper = threadIdx.x & bit;
+      uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + bit], bit);
+      x[i] = upper ? got : x[i];
+      x[i + bit] = upper ? x[i + bit] : got;
+    }
 }
 
 // Over the four lanes that hold one accumulator row.

@@ -22,6 +22,15 @@ FC_DEVICE void tma_load(void* smem, const CUtensorMap& map, Barrier& barrier, in
       : "memory");
 }
 
+// `bytes` contiguous bytes -> shared memory; addresses and size are multiples of 16.
+FC_DEVICE void bulk_load(void* smem, const void* global, uint32_t bytes, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem_address(smem)),
+      "l"(global), "r"(bytes), "r"(smem_address(&barrier))
+      : "memory");
+}
+
 // Shared memory -> box at {col, row, head, batch}. Out of bounds is not written.
 FC_DEVICE void tma_store(const CUtensorMap& map, const void* smem, int col, int row, int head,
                          int batch) {

@@ -20,22 +20,32 @@ FC_DEVICE void wgmma_wait() {
 // Ties registers to this point of the program, so that nothing that reads or writes them moves
 // across an asynchronous wgmma.
 template <int N>
+FC_DEVICE void pin(uint32_t (&r)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(r[i])::"memory");
+}
+template <int N>
 FC_DEVICE void pin(float (&r)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
 // S (64 x N) = A B^T over kDepth columns. A: rows_a x kDepth panels in shared memory starting at
-// this warpgroup's row 0; B: N x kDepth. Both K-major. Issues, does not wait.
-template <class T, int N, int kDepth, int kRowsA>
+// this warpgroup's row 0; B: rows_b x kDepth, from its first row. Both K-major. Issues, does not
+// wait.
+template <class T, int N, int kDepth, int kRowsA, int kRowsB = N>
 FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
   uint64_t const da = k_major_descriptor() | (smem_address(a) >> 4);
   uint64_t const db = k_major_descriptor() | (smem_address(b) >> 4);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     int const panel = k / 4, step = k % 4;
-    Wgmma<T, N>::template ss<0>(s, da + ((panel * kRowsA * kPanelBytes + step * 32) >> 4),
-                                db + ((panel * N * kPanelBytes + step * 32) >> 4), k > 0);
+    uint64_t const a_k = da + ((panel * kRowsA * kPanelBytes + step * 32) >> 4);
+    uint64_t const b_k = db + ((panel * kRowsB * kPanelBytes + step * 32) >> 4);
+    if (k == 0)
+      Wgmma<T, N>::template ss_first<0, 0>(s, a_k, b_k);
+    else
+      Wgmma<T, N>::template ss<0, 0>(s, a_k, b_k);
   }
 }
 
@@ -46,7 +56,37 @@ FC_DEVICE void gemm_pb(float (&o)[N / 2], const uint32_t (&p)[kDepth / 4], const
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
     Wgmma<T, N>::template rs<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3],
-                                db + ((k * 16 * kPanelBytes) >> 4), 1);
+                                db + ((k * 16 * kPanelBytes) >> 4));
+}
+
+// C (64 x N) = A B. A: this warpgroup's row 0 of rows_a x kDepth panels, K-major; B: kDepth rows,
+// MN-major, from the panel of its first column on. Both in shared memory.
+template <class T, int N, int kDepth, int kRowsA>
+FC_DEVICE void gemm_ab(float (&c)[N / 2], const void* a, const void* b) {
+  uint64_t const da = k_major_descriptor() | (smem_address(a) >> 4);
+  uint64_t const db = mn_major_descriptor(kDepth) | (smem_address(b) >> 4);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    int const panel = k / 4, step = k % 4;
+    uint64_t const a_k = da + ((panel * kRowsA * kPanelBytes + step * 32) >> 4);
+    uint64_t const b_k = db + ((k * 16 * kPanelBytes) >> 4);
+    if (k == 0)
+      Wgmma<T, N>::template ss_first<0, 1>(c, a_k, b_k);
+    else
+      Wgmma<T, N>::template ss<0, 1>(c, a_k, b_k);
+  }
+}
+
+// C (64 x N) += A^T B. A: kDepth rows of one panel; B: kDepth rows, from the panel of its first
+// column on. Both MN-major, in shared memory.
+template <class T, int N, int kDepth>
+FC_DEVICE void gemm_atb(float (&c)[N / 2], const void* a, const void* b) {
+  uint64_t const da = mn_major_descriptor(kDepth) | (smem_address(a) >> 4);
+  uint64_t const db = mn_major_descriptor(kDepth) | (smem_address(b) >> 4);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k)
+    Wgmma<T, N>::template ss<1, 1>(c, da + ((k * 16 * kPanelBytes) >> 4),
+                                   db + ((k * 16 * kPanelBytes) >> 4));
 }
 
 }  // namespace flashcore::sm90

@@ -1,0 +1,39 @@
+// Host side of one instance: attributes once per device, then the three launches.
+#pragma once
+#include <atomic>
+
+#include "cuda/device.h"
+#include "sm90/bwd/kernel.cuh"
+#include "sm90/bwd/postprocess.cuh"
+#include "sm90/bwd/preprocess.cuh"
+
+namespace flashcore::sm90::bwd {
+
+template <BwdConfig kConfig>
+void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream) {
+  using T = Traits<kConfig>;
+  constexpr int kBytes = sizeof(typename T::Shared);
+  static std::atomic<uint64_t> prepared{0};  // bit per device
+  uint64_t const bit = uint64_t{1} << (device % 64);
+  if (!(prepared.load(std::memory_order_acquire) & bit)) {
+    cuda::check(cudaFuncSetAttribute(flash_bwd_sm90<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     kBytes),
+                "flash_bwd_sm90: shared memory");
+    prepared.fetch_or(bit, std::memory_order_release);
+  }
+  int const query_blocks = params.batch * params.heads * params.m_blocks;
+  if (query_blocks > 0) {
+    flash_bwd_sm90_preprocess<T><<<query_blocks, kPreprocessThreads, 0, stream>>>(params);
+    cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");
+  }
+  if (blocks > 0) {
+    flash_bwd_sm90<T><<<blocks, T::kThreads, kBytes, stream>>>(params);
+    cuda::check(cudaGetLastError(), "flash_bwd_sm90");
+  }
+  if (params.dq_sum && query_blocks > 0) {
+    flash_bwd_sm90_postprocess<T><<<query_blocks, T::kConsumerThreads, 0, stream>>>(params);
+    cuda::check(cudaGetLastError(), "flash_bwd_sm90_postprocess");
+  }
+}
+
+}  // namespace flashcore::sm90::bwd

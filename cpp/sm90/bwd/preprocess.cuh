@@ -1,0 +1,68 @@
+// What the main kernel needs per query row, and zeros where it adds.
+#pragma once
+#include "sm90/bwd/dq.cuh"
+
+namespace flashcore::sm90::bwd {
+
+constexpr int kPreprocessThreads = 256;
+
+// One block of threads takes one query block of one head.
+template <class T>
+__global__ void __launch_bounds__(kPreprocessThreads)
+    flash_bwd_sm90_preprocess(const __grid_constant__ BwdParams p) {
+  using Element = typename T::Element;
+  constexpr int kLanes = T::kHeadDim / 8;  // of one row, 16 bytes each
+  constexpr int kRows = kPreprocessThreads / kLanes;
+  static_assert(T::kBlockM % kRows == 0 && kLanes <= 32);
+
+  int const m_block = blockIdx.x % p.m_blocks, pair = blockIdx.x / p.m_blocks;
+  int const head = pair % p.heads, batch = pair / p.heads;
+  int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+
+  union Chunk {
+    uint4 bits{0, 0, 0, 0};
+    Element x[8];
+    FC_DEVICE Chunk() {}
+  } out[T::kBlockM / kRows], dout[T::kBlockM / kRows];
+  auto load = [&](Chunk& chunk, const Matrix& m, int row) {
+    if (row < p.seqlen_q && 8 * lane < p.head_dim_v)
+      chunk.bits = *reinterpret_cast<const uint4*>(static_cast<const Element*>(m.data) +
+                                                   batch * m.batch_stride + head * m.head_stride +
+                                                   row * m.row_stride + 8 * lane);
+  };
+#pragma unroll
+  for (int i = 0; i < T::kBlockM / kRows; ++i) {
+    int const row = m_block * T::kBlockM + i * kRows + first;
+    load(out[i], p.out_ref, row);
+    load(dout[i], p.dout_ref, row);
+  }
+  if (p.dq_sum) {
+    float4* const sum = reinterpret_cast<float4*>(dq_block<T>(p, batch, head, m_block));
+#pragma unroll
+    for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)
+      sum[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+  }
+#pragma unroll
+  for (int i = 0; i < T::kBlockM / kRows; ++i) {
+    float delta = 0.0f;
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      delta = __fmaf_rn(static_cast<float>(out[i].x[c]), static_cast<float>(dout[i].x[c]), delta);
+#pragma unroll
+    for (int offset = kLanes / 2; offset; offset /= 2)
+      delta += __shfl_xor_sync(0xffffffffu, delta, offset);
+    if (lane != 0) continue;
+    int const row = m_block * T::kBlockM + i * kRows + first;
+    float lse = -INFINITY;
+    if (row < p.seqlen_q) lse = p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + row];
+    if (lse == -INFINITY)  // no key: P = exp(S - inf) = 0
+      delta = 0.0f;
+    else if (p.dlse)
+      delta -= p.dlse[batch * p.dlse_batch_stride + head * p.dlse_head_stride + row];
+    int64_t const at = int64_t{pair} * p.m_blocks * T::kBlockM + row;
+    p.delta[at] = delta;
+    p.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * 1.44269504f;
+  }
+}
+
+}  // namespace flashcore::sm90::bwd

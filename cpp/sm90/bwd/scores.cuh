@@ -1,0 +1,94 @@
+// P and dS, transposed: a thread holds two keys (its accumulator rows) and pairs of queries.
+//
+//     P = exp(scale q.k - lse)        dS = P * (dP - delta)
+//
+// lse and delta belong to queries, so here they belong to columns and come from shared memory.
+#pragma once
+#include "sm90/layout.h"
+#include "sm90/ptx/registers.cuh"
+#include "tile/mask.h"
+
+namespace flashcore::sm90::bwd {
+
+// S^T becomes P^T.
+template <int N>
+FC_DEVICE void exponentiate(float (&s)[N], const float* lse_log2, float scale_log2) {
+  const float2* const stats = reinterpret_cast<const float2*>(lse_log2) + threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    float2 const lse = stats[i];
+#pragma unroll
+    for (int r = 0; r < 4; r += 2) {
+      s[i + r] = exp2_approx(__fmaf_rn(s[i + r], scale_log2, -lse.x));
+      s[i + r + 1] = exp2_approx(__fmaf_rn(s[i + r + 1], scale_log2, -lse.y));
+    }
+  }
+}
+
+// dP^T becomes dS^T.
+template <int N>
+FC_DEVICE void differentiate(float (&dp)[N], const float (&p)[N], const float* delta) {
+  const float2* const stats = reinterpret_cast<const float2*>(delta) + threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    float2 const d = stats[i];
+#pragma unroll
+    for (int r = 0; r < 4; r += 2) {
+      dp[i + r] = p[i + r] * (dp[i + r] - d.x);
+      dp[i + r + 1] = p[i + r + 1] * (dp[i + r + 1] - d.y);
+    }
+  }
+}
+
+// Which query rows see a thread's two keys, j and j + 8, whose ranges are eight rows apart: rows
+// [first, last) see key j, if it exists. Small on purpose: it lives through the whole tile.
+struct KeyPair {
+  int first, last;
+  int existing;  // 0, 1 or 2 keys
+
+  FC_DEVICE KeyPair(tile::Window w, int j, int64_t q_offset, int seqlen_k) {
+    constexpr int64_t kFar = 1 << 30;  // beyond every row, and no sum of two overflows
+    int64_t const diagonal = j - q_offset;
+    auto clamp = [](int64_t row) { return static_cast<int>(max_of(-kFar, min_of(row, kFar))); };
+    first = clamp(diagonal - w.right);
+    last = clamp(w.left >= tile::Window::kOpen ? kFar : diagonal + w.left + 1);
+    existing = (j < seqlen_k) + (j + 8 < seqlen_k);
+  }
+};
+
+// Entries of the query block that begins at `row` become `value` where the query does not see the
+// key.
+template <int N>
+FC_DEVICE void exclude(float (&x)[N], KeyPair const& keys, int row, float value) {
+  int const query = row + 2 * (static_cast<int>(threadIdx.x) % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int const first = r < keys.existing ? keys.first + 8 * r - query : N * 4;
+    int const last = keys.last + 8 * r - query;
+#pragma unroll
+    for (int i = 2 * r; i < N; i += i % 2 ? 3 : 1) {
+      int const q = 8 * (i / 4) + i % 2;
+      if (q < first || q >= last) x[i] = value;
+    }
+  }
+}
+
+template <class Element, int N>
+FC_DEVICE void pack_tile(uint32_t (&packed)[N / 2], const float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) packed[i] = pack<Element>(x[2 * i], x[2 * i + 1]);
+}
+
+// P^T or dS^T, 64 keys x N queries in registers -> rows of queries in one panel of shared memory,
+// from row 16 * first_patch on.
+template <int N>
+FC_DEVICE void store_transposed(char* panel, const uint32_t (&x)[N], int warp, int first_patch) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i)
+    store_matrix_x4_transposed(
+        smem_address(panel) +
+            transposed_patch_offset(warp, static_cast<int>(threadIdx.x) % 32, first_patch + i),
+        x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+}
+
+}  // namespace flashcore::sm90::bwd

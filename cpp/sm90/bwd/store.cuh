@@ -1,0 +1,83 @@
+// From accumulators to rows in global memory, in either dtype, set or added.
+#pragma once
+#include "sm90/bwd/config.h"
+#include "sm90/ptx/registers.cuh"
+
+namespace flashcore::sm90::bwd {
+
+// Where a thread's first element of accumulator row `row` of the tile belongs.
+template <class Out>
+FC_DEVICE Out* row_address(const Matrix& m, int batch, int head, int64_t row, int col) {
+  return static_cast<Out*>(m.data) + batch * m.batch_stride + head * m.head_stride +
+         row * m.row_stride + col;
+}
+
+template <class Element>
+FC_DEVICE void put_pair(Element* to, float x, float y, bool add) {
+  if (add) {
+    x += static_cast<float>(to[0]);
+    y += static_cast<float>(to[1]);
+  }
+  *reinterpret_cast<uint32_t*>(to) = pack<Element>(x, y);
+}
+template <>
+FC_DEVICE void put_pair<float>(float* to, float x, float y, bool add) {
+  float2* const at = reinterpret_cast<float2*>(to);
+  float2 const old = add ? *at : float2{0.0f, 0.0f};
+  *at = {x + old.x, y + old.y};
+}
+
+// A 64 x N accumulator times scale, written as it lies: pairs of neighbours.
+template <class Out, int N>
+FC_DEVICE void store_pairs(const Matrix& m, bool add, const float (&x)[N], float scale, int batch,
+                           int head, int row, int rows, int col, int cols) {
+  int const lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (first + 8 * r >= rows) continue;
+    Out* const to = row_address<Out>(m, batch, head, row + first + 8 * r, col + lane % 4 * 2);
+#pragma unroll
+    for (int g = 0; g < N / 4; ++g)
+      if (8 * g < cols)
+        put_pair<Out>(to + 8 * g, x[4 * g + 2 * r] * scale, x[4 * g + 2 * r + 1] * scale, add);
+  }
+}
+
+// The same in chunks of 16 bytes, which the four lanes of a row exchange among themselves.
+template <class Element, int N>
+FC_DEVICE void store_chunks(const Matrix& m, const float (&x)[N], float scale, int batch, int head,
+                            int row, int rows, int col, int cols) {
+  int const lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    Element* const to =
+        row_address<Element>(m, batch, head, row + first + 8 * r, col + lane % 4 * 8);
+#pragma unroll
+    for (int g = 0; g < N / 4; g += 4) {
+      uint32_t chunk[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const pair = &x[4 * (g + i) + 2 * r];
+        chunk[i] = pack<Element>(pair[0] * scale, pair[1] * scale);
+      }
+      quad_transpose(chunk);
+      if (first + 8 * r < rows && 8 * g + lane % 4 * 8 < cols)
+        *reinterpret_cast<uint4*>(to + 8 * g) = {chunk[0], chunk[1], chunk[2], chunk[3]};
+    }
+  }
+}
+
+// A 64 x N accumulator times scale, to (or added to) rows [row, row + rows) and columns
+// [col, col + cols) of a head; what lies past those is left alone.
+template <class Element, int N>
+FC_DEVICE void store_rows(const Matrix& m, bool add, const float (&x)[N], float scale, int batch,
+                          int head, int row, int rows, int col, int cols) {
+  if (m.f32)
+    store_pairs<float>(m, add, x, scale, batch, head, row, rows, col, cols);
+  else if (add)
+    store_pairs<Element>(m, add, x, scale, batch, head, row, rows, col, cols);
+  else
+    store_chunks<Element>(m, x, scale, batch, head, row, rows, col, cols);
+}
+
+}  // namespace flashcore::sm90::bwd

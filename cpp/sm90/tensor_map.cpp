@@ -1,0 +1,66 @@
+#include "sm90/tensor_map.h"
+
+#include "common/text.h"
+
+namespace flashcore::sm90 {
+namespace {
+
+bool is_hopper(int device) {
+  auto const devices = cuda::devices();
+  return device >= 0 && device < static_cast<int>(devices.size()) && devices[device].major == 9;
+}
+
+}  // namespace
+
+std::string misfit(const Problem& p, DType dtype, int head_dim) {
+  if (!is_hopper(p.device_id))
+    return text("needs a GPU of compute capability 9.0; cuda:", p.device_id, " is another");
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16)
+    return text("takes float16 and bfloat16, got ", dtype_name(p.dtype));
+  if (p.dtype != dtype) return text("takes ", dtype_name(dtype));
+  const struct {
+    const char* name;
+    int64_t size;
+  } head_dims[] = {{"head_dim", p.head_dim}, {"v's head_dim", p.head_dim_v}};
+  for (auto const& d : head_dims) {
+    if (d.size % 8 != 0)
+      return text(d.name, " must be a multiple of 8, got ", d.size, ": pad to ",
+                  round_up<int64_t>(d.size, 8));
+    if (d.size > head_dim) return text("takes a ", d.name, " up to ", head_dim, ", got ", d.size);
+  }
+  return {};
+}
+
+std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t rows,
+                         int64_t heads) {
+  if (reinterpret_cast<uintptr_t>(r.data) % 16 != 0)
+    return text(name, " must start at a multiple of 16 bytes for the copy engine");
+  const struct {
+    const char* dim;
+    int64_t extent, stride;
+  } dims[] = {{"batch", batch, r.batch_stride},
+              {"seqlen", rows, r.row_stride},
+              {"heads", heads, r.head_stride}};
+  for (auto const& d : dims)
+    if (d.extent > 1 && (d.stride <= 0 || d.stride % 8 != 0 || d.stride >= int64_t{1} << 39))
+      return text(name, "'s ", d.dim, " stride must be a positive multiple of 8 elements, got ",
+                  d.stride, ": pass a contiguous copy");
+  return {};
+}
+
+CUtensorMap tensor_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
+                       int64_t batch, int box_rows) {
+  auto bytes = [](int64_t extent, int64_t stride) {
+    return static_cast<uint64_t>(extent > 1 ? stride * 2 : 16);  // any legal stride: never used
+  };
+  auto u = [](int64_t n) { return static_cast<uint64_t>(n); };
+  return cuda::encode_tensor_map(
+      {r.data,
+       dtype == DType::bf16,
+       4,
+       {u(cols), u(rows), u(heads), u(batch)},
+       {bytes(rows, r.row_stride), bytes(heads, r.head_stride), bytes(batch, r.batch_stride)},
+       {64, static_cast<uint32_t>(box_rows), 1, 1}});
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,25 @@
+// What every Hopper kernel asks of a problem, and how it tells the copy engine (TMA) where a tensor
+// is. Host only.
+#pragma once
+#include <string>
+
+#include "common/problem.h"
+#include "cuda/device.h"
+
+namespace flashcore::sm90 {
+
+// Empty if the device, the dtype and the head dims fit a kernel for `dtype` and head dims up to
+// `head_dim`; else why not.
+std::string misfit(const Problem& p, DType dtype, int head_dim);
+
+// The copy engine wants 16-byte aligned bases and strides. Empty if it can take the tensor; else
+// why not.
+std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t rows,
+                         int64_t heads);
+
+// A 16-bit tensor as (head_dim, rows, heads, batch) with a box of box_rows rows and one panel of
+// columns.
+CUtensorMap tensor_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
+                       int64_t batch, int box_rows);
+
+}  // namespace flashcore::sm90
