@@ -1,5 +1,5 @@
 // Reading one tensor argument: its shape, strides and data, and what to say when they are wrong.
-// validate.cpp is the only user.
+// Used by operand.h and the validate*.cpp files alone.
 #pragma once
 #include <initializer_list>
 #include <string>
@@ -25,6 +25,22 @@ template <class... Parts>
 template <class... Parts>
 [[noreturn]] void unsupported(const Parts&... parts) {
   fail_as(FLASHCORE_UNSUPPORTED, parts...);
+}
+
+// ---- reading structures -------------------------------------------------------------------------
+
+// The caller's structure. There is one version of each so far; an older one will be zero-extended.
+template <class Args>
+const Args& read_struct(const Args* args, const char* what) {
+  if (!args) fail(what, " is NULL");
+  uint32_t const size = args->struct_size;
+  if (size > sizeof(Args))
+    fail(what, ".struct_size is ", size, " but this library (", FLASHCORE_VERSION_MAJOR, ".",
+         FLASHCORE_VERSION_MINOR, ") knows ", sizeof(Args),
+         " bytes: the program was compiled against a newer flashcore.h");
+  if (size < sizeof(Args))
+    fail(what, ".struct_size is ", size, ", expected ", sizeof(Args), ": set it to sizeof(*args)");
+  return *args;
 }
 
 // ---- reading tensors ----------------------------------------------------------------------------
@@ -100,17 +116,12 @@ struct Arg {
   const char* name;
   const DLTensor* tensor;
   int64_t stride[4] = {};
+  bool empty = false;
 
   int64_t size(int d) const { return tensor->shape[d]; }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int d = 0; d < tensor->ndim; ++d) n *= tensor->shape[d];
-    return n;
-  }
-  bool empty() const { return numel() == 0; }
   // Never null, so that a given tensor without elements is not taken for one that was not given.
   void* data() const {
-    return empty() ? nothing : static_cast<char*>(tensor->data) + tensor->byte_offset;
+    return empty ? nothing : static_cast<char*>(tensor->data) + tensor->byte_offset;
   }
   alignas(FLASHCORE_WORKSPACE_ALIGNMENT) static inline char nothing[1] = {};
 };
@@ -128,14 +139,15 @@ inline Arg read(const char* name, const DLTensor* tensor, int ndim, const char* 
     if (n < 0 || n > kMaxExtent)
       fail(name, " has an extent outside 0..", kMaxExtent, ": ", show(*tensor));
     arg.stride[d] = n > 1 ? packed : 0;
+    arg.empty |= n == 0;
     if (__builtin_mul_overflow(packed, max_of<int64_t>(n, 1), &packed) || packed > kMaxElements)
       fail(name, " has more than 2^48 elements: ", show(*tensor));
   }
   // Producers leave anything in dimensions of size 1 and in tensors without elements.
-  if (tensor->strides && !arg.empty())
+  if (tensor->strides && !arg.empty)
     for (int d = 0; d < ndim; ++d)
       if (tensor->shape[d] > 1) arg.stride[d] = tensor->strides[d];
-  if (!tensor->data && !arg.empty())
+  if (!tensor->data && !arg.empty)
     fail(name, " has no data (NULL) although it is ", show(*tensor),
          ": fake, meta and freed tensors cannot be computed on");
   return arg;

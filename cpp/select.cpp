@@ -22,9 +22,19 @@ bool forced_out(const Kernel& k) {
          std::strcmp(forced, k.info.backend) != 0;
 }
 
+Plan plan_of(const Kernel& k, const Problem& p) {
+  Plan plan;
+  plan.kernel = &k;
+  k.plan(k, p, plan);
+  return plan;
+}
+
 std::string refusal_of(const Kernel& k, const Problem& p) {
   if (forced_out(k)) return "FLASHCORE_FORCE names another kernel";
-  return k.refusal(k, p);
+  std::string reason = k.refusal(k, p);
+  if (reason.empty() && p.deterministic && !plan_of(k, p).deterministic)
+    reason = "deterministic=True: it is not bitwise repeatable here";
+  return reason;
 }
 
 // Kernels that could be meant at all: the right device type and direction.
@@ -65,16 +75,13 @@ void for_each_candidate(const Problem& p, F f) {
 Plan select(const Problem& p) {
   Plan plan;
   for_each_candidate(p, [&](const Kernel& k) {
+    // Most kernels are for another dtype, and to say so takes longer than the rest of this.
+    if (std::strcmp(k.info.dtype, dtype_name(p.dtype)) != 0) return false;
     if (!refusal_of(k, p).empty()) return false;
-    plan.kernel = &k;
+    plan = plan_of(k, p);
     return true;
   });
   if (!plan.kernel) fail_unsupported(p);
-  plan.kernel->plan(*plan.kernel, p, plan);
-  if (p.deterministic && !plan.deterministic)
-    throw Failure(FLASHCORE_UNSUPPORTED,
-                  text(call_name(p.direction), "deterministic=True: ", plan.kernel->info.name,
-                       " is not bitwise repeatable here"));
   return plan;
 }
 

@@ -1,5 +1,6 @@
 // From the C arguments to a Problem. Every check of the library and every message about arguments
-// is in validate.cpp; what passes is safe to launch on any kernel that accepts it.
+// is in the validate*.cpp files and what they read with (argument.h, operand.h, overlap.h); what
+// passes is safe to launch on any kernel that accepts it.
 #pragma once
 #include <vector>
 

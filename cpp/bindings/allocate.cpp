@@ -10,8 +10,12 @@ namespace flashcore::python {
 namespace {
 
 // flashcore._allocate.<framework>_allocator(), made once per framework.
-nb::handle allocator(const Session& session) {
-  static PyObject* made[4] = {};
+struct Allocator {
+  PyObject* like = nullptr;
+  PyObject* make = nullptr;
+};
+const Allocator& allocator(const Session& session) {
+  static Allocator made[4];
   static constexpr const char* kMakers[4] = {"torch_allocator", "numpy_allocator", "cupy_allocator",
                                              "jax_allocator"};
   Family const family = session.lead->family;
@@ -19,8 +23,11 @@ nb::handle allocator(const Session& session) {
                    : family == Family::cupy ? 2
                    : family == Family::jax  ? 3
                                             : 1;
-  if (!made[i])
-    made[i] = nb::module_::import_("flashcore._allocate").attr(kMakers[i])().release().ptr();
+  if (!made[i].make) {
+    nb::object const pair = nb::module_::import_("flashcore._allocate").attr(kMakers[i])();
+    made[i] = {nb::object(pair.attr("like")).release().ptr(),
+               nb::object(pair.attr("make")).release().ptr()};
+  }
   return made[i];
 }
 
@@ -78,13 +85,19 @@ nb::object new_array(const Session& session, const char* name, nb::handle like,
                        " cannot be allocated: ", type_text(session.like),
                        " has no allocator that flashcore knows on its device: pass torch or CuPy "
                        "arrays");
-  nb::handle const allocate = allocator(session);
-  nb::bool_ const zeros(zero);
-  nb::object const stream = raw_stream(session);
-  PyObject* const made = survive_exit([&] {  // Python code, between whose steps the GIL may go
-    return PyObject_CallFunctionObjArgs(allocate.ptr(), like.ptr(), shape.ptr(), dtype.ptr(),
-                                        zeros.ptr(), stream.ptr(), nullptr);
-  });
+  const Allocator& allocate = allocator(session);
+  PyObject* made = nullptr;  // by Python code, between whose steps the GIL may go
+  if (shape.is_none() && !zero && !session.stream_given) {
+    PyObject* const arguments[] = {like.ptr()};
+    made =
+        survive_exit([&] { return nb::detail::vectorcall(allocate.like, arguments, 1, nullptr); });
+  } else {
+    nb::bool_ const zeros(zero);
+    nb::object const stream = raw_stream(session);
+    PyObject* const arguments[] = {like.ptr(), shape.ptr(), dtype.ptr(), zeros.ptr(), stream.ptr()};
+    made =
+        survive_exit([&] { return nb::detail::vectorcall(allocate.make, arguments, 5, nullptr); });
+  }
   if (!made) throw nb::python_error();
   return nb::steal(made);
 }
@@ -103,19 +116,23 @@ void Output::make(const char* name, const Session& session, const Shape& shape, 
               : new_array(session, name, session.like, shape_tuple(shape),
                           nb::str(dtype_name(dtype).c_str()), zero);
   made_ = true;
-  tensor.import(array, name, session, Access::write);
+  tensor.import(array, name, session, Access::made);
 }
 
 void Output::make_like(const char* name, const Session& session, nb::handle source,
                        const Tensor& source_tensor, bool zero) {
-  if (array_type(source).family != session.lead->family ||
-      session.lead->family >= Family::exchange) {
+  auto const make_packed = [&] {
     Shape const shape(source_tensor->shape, source_tensor->shape + source_tensor->ndim);
-    return make(name, session, shape, source_tensor->dtype, zero);
-  }
+    make(name, session, shape, source_tensor->dtype, zero);
+  };
+  if (array_type(source).family != session.lead->family || session.lead->family >= Family::exchange)
+    return make_packed();
   array = new_array(session, name, source, nb::none(), nb::none(), zero);
   made_ = true;
-  tensor.import(array, name, session, Access::write);
+  tensor.import(array, name, session, Access::made);
+  int const last = tensor->ndim - 1;
+  // The order of dimensions of an expanded array need not end with the last.
+  if (last >= 0 && tensor->shape[last] > 1 && tensor->strides[last] != 1) make_packed();
 }
 
 nb::object Output::take(const Session& session) {
@@ -139,7 +156,7 @@ Workspace::Workspace(const Session& session, size_t bytes) {
                ? exchange_empty(session, "workspace", shape, byte, /*zero=*/false)
                : new_array(session, "workspace", session.like, shape_tuple(shape), nb::str("uint8"),
                            /*zero=*/false);
-  tensor_.import(array_, "workspace", session, Access::write);
+  tensor_.import(array_, "workspace", session, Access::made);
   data_ = tensor_->data;
 }
 

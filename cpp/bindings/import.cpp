@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "bindings/gil.h"
+#include "bindings/names.h"
 
 namespace flashcore::python {
 namespace {
@@ -105,7 +106,7 @@ std::string torch_refusal(nb::handle t) {
 }
 
 void check_torch(const char* call, const char* name, nb::handle t) {
-  if (is_true(t.attr("requires_grad")) &&
+  if (is_true(t.attr(interned<"requires_grad">())) &&
       is_true(nb::module_::import_("torch").attr("is_grad_enabled")()))
     refuse_unsupported("[", call, "] ", name,
                        " requires grad, which this function would drop: it is not differentiable. "
@@ -114,7 +115,7 @@ void check_torch(const char* call, const char* name, nb::handle t) {
                        ".detach() or call under torch.no_grad() and use "
                        "flashcore.attention_backward; autograd comes with the flashcore.torch "
                        "adapter, which is not built yet");
-  if (is_true(t.attr("is_neg")()))
+  if (is_true(t.attr(interned<"is_neg">())()))
     refuse_unsupported("[", call, "] ", name,
                        " has the negative bit set, so its memory holds other values than it shows: "
                        "pass ",
@@ -144,6 +145,30 @@ void check_not_traced(const char* call, const char* name) {
 nb::object raw_stream_as_dlpack(void* stream) {
   auto const value = reinterpret_cast<uintptr_t>(stream);
   return nb::int_(value == 0 ? uintptr_t{1} : value);  // DLPack writes the legacy stream as 1
+}
+
+// object.__dlpack__(max_version=(1, 3), stream=stream). A null stream leaves the argument out.
+// Producers from before DLPack 1.0 take no max_version.
+nb::object ask_for_dlpack(nb::handle object, bool max_version, nb::handle stream) {
+  static PyObject* version = nullptr;  // no initialiser: see Call::read_inputs
+  static PyObject* keywords[2][2] = {};
+  if (!version) version = nb::make_tuple(1, 3).release().ptr();
+  bool const with_stream = stream && (max_version || !stream.is_none());
+  PyObject* arguments[3] = {object.ptr()};
+  size_t count = 1;
+  if (max_version) arguments[count++] = version;
+  if (with_stream) arguments[count++] = stream.ptr();
+  PyObject*& names = keywords[max_version][with_stream];
+  if (!names) {
+    nb::list made;
+    if (max_version) made.append(interned<"max_version">());
+    if (with_stream) made.append(interned<"stream">());
+    names = nb::tuple(made).release().ptr();
+  }
+  PyObject* const capsule =
+      nb::detail::vectorcall_method(interned<"__dlpack__">().ptr(), arguments, 1, names);
+  if (!capsule) throw nb::python_error();
+  return nb::steal(capsule);
 }
 
 void* cupy_current_stream(nb::handle array) {
@@ -176,24 +201,31 @@ DLDevice device_of(nb::handle object) {
 }  // namespace
 
 const TypeInfo& array_type(nb::handle object) {
-  // Array types are kept alive, so an address never comes to mean another type. What is no array
-  // type is not kept: anything may be passed by mistake. Guarded by the GIL.
-  static auto* const known = new std::unordered_map<PyObject*, TypeInfo>();
+  struct Known {
+    nb::object type;  // weakly: where a type has died, another may come to live
+    TypeInfo info;
+    bool alive() const { return PyWeakref_GetObject(type.ptr()) != Py_None; }
+  };
+  // Guarded by the GIL. What is no array type is not kept: anything may be passed by mistake.
+  static auto* const known = new std::unordered_map<PyObject*, Known>();
   PyObject* const type = object.type().ptr();
   auto const found = known->find(type);
-  if (found != known->end()) return found->second;
+  if (found != known->end() && found->second.alive()) return found->second.info;
   TypeInfo const info = inspect_type(type);  // may run Python code, and so this function
   if (info.family == Family::refused) {
     static thread_local TypeInfo refused;
     return refused = info;
   }
-  Py_INCREF(type);
-  return known->emplace(type, info).first->second;
+  std::erase_if(*known, [](auto const& entry) { return !entry.second.alive(); });
+  nb::object weak = nb::steal(PyWeakref_NewRef(type, nullptr));
+  if (!weak) throw nb::python_error();
+  return known->insert_or_assign(type, Known{std::move(weak), info}).first->second.info;
 }
 
 // ---- Tensor -------------------------------------------------------------------------------------
 
 void Tensor::import_lead(nb::handle object, const char* name, Session& session, Access access) {
+  session.lead_type = nb::borrow(object.type());
   session.lead = &array_type(object);
   session.like = object;
   if (session.lead->family == Family::cupy && !session.stream_given)
@@ -209,6 +241,7 @@ void Tensor::import_lead(nb::handle object, const char* name, Session& session, 
 void Tensor::import(nb::handle object, const char* name, const Session& session, Access access) {
   release();
   Where const where{session, name, object};
+  nb::object const type = nb::borrow(object.type());  // info lives as long as it does
   const TypeInfo& info = array_type(object);
   // The lead's own family runs on the lead's stream already. Arrays of another producer are asked
   // to order their stream before ours.
@@ -222,7 +255,7 @@ void Tensor::import(nb::handle object, const char* name, const Session& session,
       break;
     case Family::torch:
     case Family::exchange:
-      if (info.family == Family::torch) {
+      if (info.family == Family::torch && access != Access::made) {
         if (object.is(session.like) || !same_producer) check_not_traced(session.call, name);
         check_torch(session.call, name, object);
       }
@@ -279,16 +312,7 @@ void Tensor::view(const Where& where, const ExchangeTable& table) {
 void Tensor::call_dlpack(const Where& where, const TypeInfo& info, nb::handle stream) {
   nb::object const object = nb::borrow(where.object);
   nb::object capsule;
-  auto produce = [&] {
-    static PyObject* version = nullptr;  // no initialiser: see Call::read_inputs
-    if (!version) version = nb::make_tuple(1, 3).release().ptr();
-    nb::object const method = object.attr("__dlpack__");
-    if (info.max_version)
-      return stream
-                 ? method(nb::arg("stream") = stream, nb::arg("max_version") = nb::handle(version))
-                 : method(nb::arg("max_version") = nb::handle(version));
-    return stream && !stream.is_none() ? method(nb::arg("stream") = stream) : method();
-  };
+  auto const produce = [&] { return ask_for_dlpack(object, info.max_version, stream); };
   try {
     try {
       capsule = survive_exit(produce);  // may be Python code
@@ -368,7 +392,7 @@ void Tensor::finish(const Where& where, const TypeInfo& info, Access access) {
     refuse_unsupported("[", call, "] ", where.name,
                        " is complex; attention is defined here for "
                        "real numbers: pass real and imaginary parts as separate tensors");
-  if (access == Access::read) return;
+  if (access != Access::write) return;
   if (info.family == Family::jax)
     refuse_argument("[", call, "] ", where.name,
                     " is an output, but a JAX array may not be written: leave it out, and a new "

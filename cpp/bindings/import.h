@@ -15,8 +15,8 @@ namespace flashcore::python {
 
 enum class Family { torch, numpy, cupy, jax, exchange, dlpack, capsule, refused };
 
-// What a Python type is. Of array types found once and kept for as long as the process runs; of
-// others valid until the thread asks again.
+// What a Python type is. Of array types found once and kept while the type lives; of others valid
+// until the thread asks again.
 struct TypeInfo {
   Family family = Family::dlpack;
   const ExchangeTable* exchange = nullptr;
@@ -29,7 +29,8 @@ const TypeInfo& array_type(nb::handle object);
 struct Session {
   const char* call = "";  // for messages: "attention"
   const TypeInfo* lead = nullptr;
-  nb::handle like;  // the leading array: outputs are made like it
+  nb::object lead_type;  // lead lives as long as it does
+  nb::handle like;       // the leading array: outputs are made like it
   DLDevice device{kDLCPU, 0};
   bool stream_given = false;  // by the caller's stream=
   void* stream = nullptr;     // a raw cudaStream_t
@@ -37,7 +38,11 @@ struct Session {
   bool cuda() const { return device.device_type == kDLCUDA; }
 };
 
-enum class Access { read, write };
+enum class Access {
+  read,
+  write,
+  made,  // written, and made by us just now: nothing about it needs a check
+};
 
 // One array argument. Not movable: the DLTensor points into the object.
 class Tensor {
@@ -45,7 +50,9 @@ class Tensor {
   Tensor() = default;
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
-  ~Tensor() { release(); }
+  ~Tensor() {
+    if (versioned_ || unversioned_) release();
+  }
 
   // The first argument of a call: decides session.lead, device and stream.
   void import_lead(nb::handle object, const char* name, Session& session,

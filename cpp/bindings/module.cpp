@@ -1,5 +1,5 @@
 // flashcore._core: the functions behind flashcore/api.py. Conversion only: what the arguments mean
-// and whether they fit together is the core's business (validate.cpp).
+// and whether they fit together is the core's business (validate.h).
 #include <nanobind/nanobind.h>
 
 #include <deque>
@@ -55,7 +55,7 @@ void check_out_dtype(const Call& call, nb::handle out_dtype, const Output& out) 
                     " but out_dtype asks for ", dtype_name(want));
 }
 
-nb::object attention(nb::handle q, nb::handle k, nb::handle v, const nb::tuple& options,
+nb::object attention(nb::handle q, nb::handle k, nb::handle v, const nb::dict& options,
                      nb::handle out_array, nb::handle out_dtype, nb::handle return_lse,
                      nb::handle return_max_logits, nb::handle stream) {
   Call call("attention", stream);
@@ -103,7 +103,7 @@ nb::object packed_dout(nb::handle dout, Tensor& tensor, const Session& session) 
 }
 
 nb::object attention_backward(nb::handle dout_array, nb::handle q, nb::handle k, nb::handle v,
-                              nb::handle out_array, nb::handle lse_array, const nb::tuple& options,
+                              nb::handle out_array, nb::handle lse_array, const nb::dict& options,
                               nb::handle dlse_array, nb::handle dq_array, nb::handle dk_array,
                               nb::handle dv_array, nb::handle accumulate, nb::handle stream) {
   const char* const name = "attention_backward";
@@ -177,7 +177,7 @@ nb::tuple kernel_tuple(const flashcore_kernel_info& k) {
 }
 
 // (kernel or None, num_splits, workspace_bytes, deterministic, [(kernel name, refusal)])
-nb::tuple explain(nb::handle q, nb::handle k, nb::handle v, const nb::tuple& options,
+nb::tuple explain(nb::handle q, nb::handle k, nb::handle v, const nb::dict& options,
                   bool backward) {
   Call call(backward ? "attention_backward" : "attention", nb::none());
   call.read_inputs(q, k, v);
@@ -315,9 +315,7 @@ NB_MODULE(_core, m) {
   using nb::literals::operator""_a;
   nb::register_exception_translator(translate);
 
-  nb::list names;
-  for (const char* name : kOptionNames) names.append(name);
-  m.attr("OPTION_NAMES") = nb::tuple(names);
+  m.attr("OPTION_NAMES") = Call::option_names();
   m.attr("VERSION") = flashcore_version();
 
   // Anything may be passed anywhere: what is refused is refused with our own words.

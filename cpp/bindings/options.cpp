@@ -1,6 +1,7 @@
 #include "bindings/options.h"
 
 #include <limits>
+#include <string_view>
 
 namespace flashcore::python {
 namespace {
@@ -32,13 +33,27 @@ size_t read_word(const char* call, const char* name, nb::handle value, const cha
                   shown(value));
 }
 
-// A Python integer in [-2^63, 2^64), as its 64 bits.
-int64_t read_bits(const char* call, const char* name, nb::handle value) {
-  nb::object const integer = nb::steal(PyNumber_Index(value.ptr()));
+bool is_bool(nb::handle value) {
+  if (PyBool_Check(value.ptr())) return true;
+  if (PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr())) return false;
+  std::string const type = type_text(value);
+  return type == "numpy.bool" || type == "numpy.bool_";
+}
+
+// A new reference to value as a Python integer.
+nb::object as_integer(const char* call, const char* name, nb::handle value) {
+  nb::object integer;
+  if (!is_bool(value)) integer = nb::steal(PyNumber_Index(value.ptr()));
   if (!integer) {
     PyErr_Clear();
     refuse_value(call, name, "an integer", value);
   }
+  return integer;
+}
+
+// A Python integer in [-2^63, 2^64), as its 64 bits.
+int64_t read_bits(const char* call, const char* name, nb::handle value) {
+  nb::object const integer = as_integer(call, name, value);
   long long const small = PyLong_AsLongLong(integer.ptr());
   if (small != -1 || !PyErr_Occurred()) return small;
   PyErr_Clear();
@@ -54,14 +69,13 @@ int64_t read_bits(const char* call, const char* name, nb::handle value) {
 bool read_bool(const char* call, const char* name, nb::handle value) {
   if (value.is(Py_True)) return true;
   if (value.is(Py_False)) return false;
-  std::string const type = type_text(value);
-  if (type == "numpy.bool" || type == "numpy.bool_") return PyObject_IsTrue(value.ptr()) == 1;
+  if (is_bool(value)) return PyObject_IsTrue(value.ptr()) == 1;
   refuse_value(call, name, "True or False", value);
 }
 
 double read_double(const char* call, const char* name, nb::handle value) {
   if (!PyFloat_CheckExact(value.ptr()) && !PyLong_CheckExact(value.ptr()) &&
-      nb::hasattr(value, "__dlpack__"))
+      (is_bool(value) || nb::hasattr(value, "__dlpack__")))
     refuse_value(call, name, "a number", value);
   double const number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred()) {
@@ -74,11 +88,7 @@ double read_double(const char* call, const char* name, nb::handle value) {
 int64_t read_int(const char* call, const char* name, nb::handle value) {
   if (!PyLong_CheckExact(value.ptr()) && nb::hasattr(value, "__dlpack__"))
     refuse_value(call, name, "an integer", value);
-  nb::object const integer = nb::steal(PyNumber_Index(value.ptr()));
-  if (!integer) {
-    PyErr_Clear();
-    refuse_value(call, name, "an integer", value);
-  }
+  nb::object const integer = as_integer(call, name, value);
   long long const number = PyLong_AsLongLong(integer.ptr());
   if (number == -1 && PyErr_Occurred()) {
     PyErr_Clear();
@@ -119,7 +129,7 @@ Call::Call(const char* name, nb::handle stream) {
     value = stream.attr("cuda_stream");
   else if (nb::hasattr(stream, "ptr"))
     value = stream.attr("ptr");
-  if (!PyLong_Check(value.ptr()))
+  if (!PyLong_Check(value.ptr()) || PyBool_Check(value.ptr()))
     refuse_type("[", name,
                 "] stream must be an integer (a cudaStream_t) or a stream object of "
                 "torch or CuPy, got ",
@@ -207,65 +217,110 @@ void Call::read_block_mask(nb::handle value) {
   args.block_mask = &block_mask_;
 }
 
-void Call::read_options(const nb::tuple& values) {
-  if (values.size() != kOptionCount)
-    refuse_argument("[", session.call, "] ", kOptionCount, " options expected, got ",
-                    values.size());
-  const char* const call = session.call;
-  // The options in the order of kOptionNames: every next() is one of them.
-  Py_ssize_t i = 0;
-  nb::handle value;
-  const char* name = nullptr;
-  auto next = [&] {
-    name = kOptionNames[i];
-    return value = PyTuple_GetItem(values.ptr(), i++);
-  };
-  auto flag = [&] { return next().is(Py_False) ? false : read_bool(call, name, value); };
-  auto array = [&](Tensor& tensor) {
-    next();
-    return read_array(tensor, name, value);
-  };
-  auto integer = [&]() -> int64_t { return next().is_none() ? 0 : read_int(call, name, value); };
+using Args = flashcore_attention_args;
 
-  args.layout = read_layout(call, next());
-  if (!next().is_none()) {
-    scale_ = read_double(call, name, value);
-    args.scale = &scale_;
+// How an option of a certain kind becomes a field of args. None is what Python says for "not
+// given".
+struct Call::Readers {
+  template <auto Field>
+  static void flag(Call& c, const char* name, nb::handle x) {
+    c.args.*Field = read_bool(c.session.call, name, x);
   }
-  args.causal = flag();
-  read_window(next());
-  args.align = read_word(call, "align", next(), "bottom_right", "top_left")
-                   ? FLASHCORE_TOP_LEFT
-                   : FLASHCORE_BOTTOM_RIGHT;
-  if (!next().is_none()) {
-    if (nb::hasattr(value, "__dlpack__")) {
-      args.q_offset_tensor = read_array(q_offset_tensor_, name, value);
-    } else {
-      q_offset_ = read_int(call, name, value);
-      args.q_offset = &q_offset_;
-    }
+  template <auto Field>
+  static void number(Call& c, const char* name, nb::handle x) {
+    c.args.*Field = read_double(c.session.call, name, x);
   }
-  args.softcap = read_double(call, "softcap", next());
-  args.alibi_slopes = array(alibi_slopes_);
-  args.bias = array(bias);
-  args.mask = array(mask_);
-  args.sinks = array(sinks);
-  read_block_mask(next());
-  args.dropout_p = read_double(call, "dropout_p", next());
-  read_rng(next());
-  args.cu_seqlens_q = array(cu_seqlens_q_);
-  args.cu_seqlens_k = array(cu_seqlens_k_);
-  args.max_seqlen_q = integer();
-  args.max_seqlen_k = integer();
-  args.seqlens_q = array(seqlens_q_);
-  args.seqlens_k = array(seqlens_k_);
-  args.page_table = array(page_table_);
-  args.q_descale = array(q_descale_);
-  args.k_descale = array(k_descale_);
-  args.v_descale = array(v_descale_);
-  args.num_splits = next().is_none() ? 0 : read_int32(call, name, value);
-  args.split_size = integer();
-  args.deterministic = flag();
+  template <auto Field>
+  static void integer(Call& c, const char* name, nb::handle x) {
+    c.args.*Field = x.is_none() ? 0 : read_int(c.session.call, name, x);
+  }
+  template <auto Field, auto Storage>
+  static void array(Call& c, const char* name, nb::handle x) {
+    c.args.*Field = c.read_array(c.*Storage, name, x);
+  }
+};
+
+struct Call::Option {
+  std::string_view name;
+  void (*read)(Call&, const char* name, nb::handle value);
+};
+
+// The options that forward, backward and explain share. Extending the list: here and in
+// flashcore/options.py.
+const Call::Option Call::kOptions[] = {
+    {"layout",
+     [](Call& c, const char*, nb::handle x) { c.args.layout = read_layout(c.session.call, x); }},
+    {"scale",
+     [](Call& c, const char* name, nb::handle x) {
+       if (x.is_none()) return;
+       c.scale_ = read_double(c.session.call, name, x);
+       c.args.scale = &c.scale_;
+     }},
+    {"causal", Readers::flag<&Args::causal>},
+    {"window_size", [](Call& c, const char*, nb::handle x) { c.read_window(x); }},
+    {"align",
+     [](Call& c, const char* name, nb::handle x) {
+       c.args.align = read_word(c.session.call, name, x, "bottom_right", "top_left")
+                          ? FLASHCORE_TOP_LEFT
+                          : FLASHCORE_BOTTOM_RIGHT;
+     }},
+    {"q_offset",
+     [](Call& c, const char* name, nb::handle x) {
+       if (x.is_none()) return;
+       if (nb::hasattr(x, "__dlpack__")) {
+         c.args.q_offset_tensor = c.read_array(c.q_offset_tensor_, name, x);
+       } else {
+         c.q_offset_ = read_int(c.session.call, name, x);
+         c.args.q_offset = &c.q_offset_;
+       }
+     }},
+    {"softcap", Readers::number<&Args::softcap>},
+    {"alibi_slopes", Readers::array<&Args::alibi_slopes, &Call::alibi_slopes_>},
+    {"bias", Readers::array<&Args::bias, &Call::bias>},
+    {"mask", Readers::array<&Args::mask, &Call::mask_>},
+    {"sinks", Readers::array<&Args::sinks, &Call::sinks>},
+    {"block_mask", [](Call& c, const char*, nb::handle x) { c.read_block_mask(x); }},
+    {"dropout_p", Readers::number<&Args::dropout_p>},
+    {"rng", [](Call& c, const char*, nb::handle x) { c.read_rng(x); }},
+    {"cu_seqlens_q", Readers::array<&Args::cu_seqlens_q, &Call::cu_seqlens_q_>},
+    {"cu_seqlens_k", Readers::array<&Args::cu_seqlens_k, &Call::cu_seqlens_k_>},
+    {"max_seqlen_q", Readers::integer<&Args::max_seqlen_q>},
+    {"max_seqlen_k", Readers::integer<&Args::max_seqlen_k>},
+    {"seqlens_q", Readers::array<&Args::seqlens_q, &Call::seqlens_q_>},
+    {"seqlens_k", Readers::array<&Args::seqlens_k, &Call::seqlens_k_>},
+    {"page_table", Readers::array<&Args::page_table, &Call::page_table_>},
+    {"q_descale", Readers::array<&Args::q_descale, &Call::q_descale_>},
+    {"k_descale", Readers::array<&Args::k_descale, &Call::k_descale_>},
+    {"v_descale", Readers::array<&Args::v_descale, &Call::v_descale_>},
+    {"num_splits",
+     [](Call& c, const char* name, nb::handle x) {
+       c.args.num_splits = x.is_none() ? 0 : read_int32(c.session.call, name, x);
+     }},
+    {"split_size", Readers::integer<&Args::split_size>},
+    {"deterministic", Readers::flag<&Args::deterministic>},
+};
+
+nb::tuple Call::option_names() {
+  nb::list names;
+  for (const Option& option : kOptions) names.append(option.name.data());
+  return nb::tuple(names);
+}
+
+void Call::read_options(nb::handle options) {
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(options.ptr(), &at, &key, &value);) {
+    Py_ssize_t size = 0;
+    const char* const characters = PyUnicode_AsUTF8AndSize(key, &size);
+    PyErr_Clear();  // lone surrogates: no option has them
+    std::string_view const given =
+        characters ? std::string_view(characters, static_cast<size_t>(size)) : "";
+    const Option* option = std::begin(kOptions);
+    while (option != std::end(kOptions) && option->name != given) ++option;
+    if (option == std::end(kOptions))
+      throw nb::type_error(
+          text(session.call, "() got an unexpected keyword argument ", shown(key)).c_str());
+    option->read(*this, option->name.data(), value);
+  }
 }
 
 }  // namespace flashcore::python

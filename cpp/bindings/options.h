@@ -6,28 +6,25 @@
 
 namespace flashcore::python {
 
-// The options that forward, backward and explain share, in the order in which api.py passes them.
-// Extending the list: here, in Options::read, in api.py and in _core.pyi.
-inline constexpr const char* kOptionNames[] = {
-    "layout",     "scale",        "causal",       "window_size",  "align",        "q_offset",
-    "softcap",    "alibi_slopes", "bias",         "mask",         "sinks",        "block_mask",
-    "dropout_p",  "rng",          "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-    "seqlens_q",  "seqlens_k",    "page_table",   "q_descale",    "k_descale",    "v_descale",
-    "num_splits", "split_size",   "deterministic"};
-inline constexpr size_t kOptionCount = std::size(kOptionNames);
-
 // One call's inputs and options. args points into the object, which must outlive its use.
 struct Call {
   explicit Call(const char* name, nb::handle stream);
 
   void read_inputs(nb::handle q, nb::handle k, nb::handle v);
-  void read_options(const nb::tuple& values);
+  // options: a dict of what the caller gave by keyword. Reads what was given and nothing else, so
+  // an option costs nothing where it is not used.
+  void read_options(nb::handle options);
+  static nb::tuple option_names();
 
   Session session;
   flashcore_attention_args args{};
   Tensor q, k, v, bias, sinks;  // bias and sinks decide which gradients there are
 
  private:
+  struct Option;
+  struct Readers;
+  static const Option kOptions[];
+
   const DLTensor* read_array(Tensor& tensor, const char* name, nb::handle value);
   void read_window(nb::handle value);
   void read_rng(nb::handle value);
@@ -43,8 +40,8 @@ struct Call {
   Tensor page_table_, q_descale_, k_descale_, v_descale_;
 };
 
-// Single values. An array is refused even where it could be converted: reading a number out of one
-// can wait for a device.
+// Single values. A bool is no number, and an array is refused even where it could be converted:
+// reading a number out of one can wait for a device.
 bool read_bool(const char* call, const char* name, nb::handle value);
 double read_double(const char* call, const char* name, nb::handle value);
 int64_t read_int(const char* call, const char* name, nb::handle value);

@@ -1,4 +1,4 @@
-// A validated attention problem: what validate.cpp makes of the C arguments, and all a kernel sees.
+// A validated attention problem: what validate() makes of the C arguments, and all a kernel sees.
 // Every pointer is checked, every default resolved, every stride in elements. Plain data.
 #pragma once
 #include <climits>

@@ -20,28 +20,26 @@
 #pragma once
 #include <sched.h>
 
+#include "cpu/backward_layout.h"
+#include "cpu/differentiate.h"
 #include "cpu/entry.h"
-#include "cpu/pack.h"
-#include "cpu/rows.h"
-#include "cpu/scores.h"
 
 namespace flashcore::cpu {
 namespace {
 
 template <DType D>
 class Backward {
-  using E = Element<D>;
-  using T = Real<E>;
-  using U = Operand<E>;
-  static constexpr int kLane = kLanes<T>;
-  static constexpr int kUnit = kPerUnit<U>;
-  // Columns of K^T and V^T that lie together: with head_dim 64 such a panel is half of a 32 KB L1.
-  static constexpr int kPanel = 256 / static_cast<int>(sizeof(T));
+  using Layout = BackwardLayout<D>;
+  using E = typename Layout::E;
+  using T = typename Layout::T;
+  using U = typename Layout::U;
+  using Shape = typename Layout::Shape;
+  using Shared = typename Layout::Shared;
+  using Scratch = typename Layout::Scratch;
+  using Tile = typename Layout::Tile;
+  static constexpr int kLane = Layout::kLane, kUnit = Layout::kUnit, kPanel = Layout::kPanel;
 
  public:
-  static constexpr int kBlockM = 96;  // whole strips of gemm; 48 to 120 and block_n 128, 384 lost
-  static constexpr int kBlockN = 256;
-
   static void plan(const Problem& p, Work& work) {
     Shape const s(p);
     work.phases = 3;
@@ -68,129 +66,6 @@ class Backward {
   }
 
  private:
-  // Tile sizes and the division into tasks: functions of the problem's shapes.
-  struct Shape {
-    int block_m = kBlockM, block_n = kBlockN;
-    int64_t d, dv;    // head dims in whole vectors
-    int64_t du, dvu;  // head dims in units
-    int64_t group;    // query heads per kv head
-    int64_t row_blocks, key_blocks;
-    // One group of tasks shares dQ or dbias and so has an order. dbias that is broadcast over
-    // batch or heads joins those into one group, in the order of the loops of walk(); broadcast
-    // over keys, it leaves one task for all key blocks.
-    bool join_batch = false, join_heads = false, join_keys = false;
-    int64_t groups, walkers;
-
-    explicit Shape(const Problem& p) {
-      d = round_up<int64_t>(p.head_dim, kLane);
-      dv = round_up<int64_t>(p.head_dim_v, kLane);
-      du = ceil_div<int64_t>(p.head_dim, kUnit);
-      dvu = ceil_div<int64_t>(p.head_dim_v, kUnit);
-      group = p.num_heads_q / p.num_heads_kv;
-      block_n = static_cast<int>(
-          min_of<int64_t>(kBlockN, max_of<int64_t>(kPanel, round_up<int64_t>(p.seqlen_k, kPanel))));
-      // A thread's scratch stays within 1.25 MB, and so within a usual second-level cache.
-      auto const bytes = [&] {
-        return (d + dv) * static_cast<int64_t>(sizeof(T)) * (block_n * 5 / 2 + 2 * block_m) +
-               block_m * (block_n + kLane) * static_cast<int64_t>(sizeof(T)) * 2;
-      };
-      while (bytes() > 1250000 && block_n > kPanel) block_n -= kPanel;
-      while (bytes() > 1250000 && block_m > 24) block_m -= 12;
-      row_blocks = ceil_div<int64_t>(p.seqlen_q, block_m);
-      key_blocks = ceil_div<int64_t>(p.seqlen_k, block_n);
-      if (p.dbias) {
-        join_batch = p.dbias.batch_stride == 0;
-        join_heads = p.dbias.head_stride == 0;
-        join_keys = p.dbias.col_stride == 0;
-      }
-      groups =
-          (join_batch ? min_of<int64_t>(p.batch, 1) : p.batch) * (join_heads ? 1 : p.num_heads_kv);
-      walkers = join_keys ? min_of<int64_t>(key_blocks, 1) : key_blocks;
-    }
-
-    // Rows of dbias to clear: each stored row once.
-    int64_t dbias_rows(const Problem& p) const {
-      if (!p.dbias || p.accumulate) return 0;
-      return (join_batch ? 1 : p.batch) * (join_heads ? 1 : p.num_heads_q) *
-             (p.dbias.row_stride == 0 ? 1 : p.seqlen_q);
-    }
-  };
-
-  // One per call.
-  struct Shared {
-    T* lse;             // [head][row of the tensor]; +inf where the row has no valid key
-    T* delta;           // the same
-    T* dq;              // [head][row of the tensor][head_dim], when dq's dtype cannot take sums
-    int32_t* progress;  // [group][walker]: query tiles passed
-
-    Shared(const Problem& p, const Shape& s, Arena& arena) {
-      lse = arena.take<T>(p.num_heads_q * p.total_q);
-      delta = arena.take<T>(p.num_heads_q * p.total_q);
-      progress = arena.take<int32_t>(s.groups * s.walkers);
-      // A plan may be made before dq is known; then it must be enough for any dq.
-      bool const needed = sizeof(E) == 2 && !(p.dq && p.dq.dtype == DType::f32);
-      dq = needed ? arena.take<T>(p.total_q * p.num_heads_q * p.head_dim) : nullptr;
-    }
-  };
-
-  // One per thread.
-  struct Scratch {
-    U *k_panels, *v_panels;  // K^T and V^T of the key block, by panels of kPanel columns
-    U* k_stacked;
-    T *dk, *dv;
-    U *q_rows, *q_stacked, *dout_rows, *dout_stacked;  // of the query tile
-    T *s, *dp;                                         // S becomes P, dP becomes dS
-    T* slope;                                          // softcap's derivative
-    U *p_stacked, *ds_rows, *ds_stacked;               // in place of s and dp where units are not T
-    T* dq;
-    T* dbias;  // sums over the rows of a tile
-    int64_t *row_index, *row_head;
-    int64_t ld_q, ld_dout, ld_s;
-
-    Scratch(const Problem& p, const Shape& s, Arena& arena) {
-      int64_t const m = s.block_m, n = s.block_n;
-      auto const skewed = [](int64_t cols) { return cols > 64 ? cols + kLane : cols; };
-      ld_q = skewed(s.d);
-      ld_dout = skewed(s.dv);
-      ld_s = n + kLane;  // a power of two would put a column's entries into few cache sets
-      k_panels = arena.take<U>(n * s.du);
-      v_panels = arena.take<U>(n * s.dvu);
-      k_stacked = arena.take<U>(n / kUnit * ld_q);
-      dk = arena.take<T>(n * s.d);
-      dv = arena.take<T>(n * s.dv);
-      q_rows = arena.take<U>(m * ld_q);
-      dout_rows = arena.take<U>(m * ld_dout);
-      this->s = arena.take<T>(m * ld_s);
-      dp = arena.take<T>(m * ld_s);
-      slope = p.softcap > 0 ? arena.take<T>(m * ld_s) : nullptr;
-      dq = arena.take<T>(m * s.d);
-      dbias = p.bias ? arena.take<T>(n + kLane) : nullptr;  // dbias may be unknown yet
-      row_index = arena.take<int64_t>(m);
-      row_head = arena.take<int64_t>(m);
-      if constexpr (kUnit == 1) {
-        q_stacked = q_rows;
-        dout_stacked = dout_rows;
-        p_stacked = ds_rows = ds_stacked = nullptr;
-      } else {
-        q_stacked = arena.take<U>(m / kUnit * ld_q);
-        dout_stacked = arena.take<U>(m / kUnit * ld_dout);
-        p_stacked = arena.take<U>(m / kUnit * ld_s);
-        ds_rows = arena.take<U>(m * ld_s / kUnit);
-        ds_stacked = arena.take<U>(m / kUnit * ld_s);
-      }
-    }
-  };
-
-  // One query tile against one key block.
-  struct Tile {
-    int64_t b, h, row0;  // row0: position in the sequence
-    int rows;
-    int64_t key0;     // of the key block
-    int first, last;  // its columns that some row sees; first is a multiple of kPanel
-    bool excludes;    // some row does not see some of them
-    int padded;       // last in whole vectors
-  };
-
   const Problem& p;
   const Shape& shape;
   const Shared& shared;
@@ -200,14 +75,10 @@ class Backward {
       : p(p), shape(s), shared(shared), scratch(scratch) {}
 
   static constexpr T kInf = static_cast<T>(__builtin_inf());
-  static constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
 
-  int64_t tensor_row(int64_t b, const tile::Sequence& seq, int64_t i) const {
-    return p.cu_seqlens_q ? seq.q_begin + i : b * p.seqlen_q + i;
-  }
   // Where a row of dQ is summed.
   T* dq_row(int64_t b, int64_t h, const tile::Sequence& seq, int64_t i) const {
-    if (shared.dq) return shared.dq + (h * p.total_q + tensor_row(b, seq, i)) * p.head_dim;
+    if (shared.dq) return shared.dq + (h * p.total_q + tensor_row(p, b, seq, i)) * p.head_dim;
     return row_of<T>(p.dq, b, h, seq.q_begin + i);
   }
 
@@ -226,7 +97,7 @@ class Backward {
     int64_t const end = p.cu_seqlens_q ? seq.seqlen_q : p.seqlen_q;  // padding rows too
     for (int64_t i = block * shape.block_m; i < min_of(end, (block + 1) * shape.block_m); ++i) {
       bool const valid = i < seq.seqlen_q;
-      int64_t const at = h * p.total_q + tensor_row(b, seq, i);
+      int64_t const at = h * p.total_q + tensor_row(p, b, seq, i);
       T const lse = valid ? *row_of<T>(p.lse, b, h, seq.q_begin + i) : -kInf;
       bool const empty = lse == -kInf;
       shared.lse[at] = empty ? kInf : lse;
@@ -334,11 +205,6 @@ class Backward {
     return pack_stacked<U>(k, p.k.row_stride, keys, p.head_dim, scratch.k_stacked, scratch.ld_q);
   }
 
-  template <class X>
-  static void clear(X* x, int64_t n) {
-    __builtin_memset(x, 0, static_cast<size_t>(n) * sizeof(X));
-  }
-
   // Where the tile meets the key block; false if it does not.
   bool place(const ScoreContext& c, Tile& t, int keys) const {
     t.rows = static_cast<int>(
@@ -379,7 +245,7 @@ class Backward {
                              scratch.v_panels + n * shape.dvu, kPanel, scratch.dp + n, scratch.ld_s,
                              Init::kZero);
     }
-    differentiate(c, t);
+    Differentiate<D>{p, shared, scratch}.run(c, t);
 
     int const rows = t.rows, cols = t.last - t.first, first = t.first;
     int64_t const pairs = ceil_div(rows, kUnit), ld_s = scratch.ld_s, ld_ds = ld_s / kUnit;
@@ -428,144 +294,6 @@ class Backward {
     }
   }
 
-  // s: q·k -> P as dV sees it.  dp: dO·v -> scale dS.  Also as operands; and dS into dbias.
-  void differentiate(const ScoreContext& c, const Tile& t) const {
-    if (!t.excludes && !has_score_terms(p) && !p.dropout_threshold)
-      return differentiate_plain(c, t);
-    differentiate_any(c, t);
-    if constexpr (kUnit > 1) {
-      int64_t const first = t.first, ld = scratch.ld_s;
-      int const cols = t.last - t.first;
-      pack_stacked<U>(scratch.s + first, ld, t.rows, cols, scratch.p_stacked + first, ld);
-      pack_stacked<U>(scratch.dp + first, ld, t.rows, cols, scratch.ds_stacked + first, ld);
-      pack_rows<U>(scratch.dp + first, ld, t.rows, cols, scratch.ds_rows + first / kUnit,
-                   ld / kUnit);
-    }
-  }
-
-  // The same where nothing but scale stands between q·k and the score: in one pass.
-  void differentiate_plain(const ScoreContext& c, const Tile& t) const {
-    T const scale = static_cast<T>(p.scale);
-    int64_t const at = t.h * p.total_q + tensor_row(t.b, c.seq, t.row0), ld = scratch.ld_s;
-    const T *const lse = shared.lse + at, *const delta = shared.delta + at;
-    auto const probability = [&](int r, int j) {
-      return exp2((load(scratch.s + r * ld + j) * scale - lse[r]) * kLog2e);
-    };
-    auto const gradient = [&](int r, int j, Vec<T> x) {
-      return x * scale * (load(scratch.dp + r * ld + j) - delta[r]);
-    };
-    if constexpr (kUnit == 1) {
-      for (int r = 0; r < t.rows; ++r)
-        for (int j = t.first; j < t.padded; j += kLane) {
-          Vec<T> const x = probability(r, j);
-          store(scratch.dp + r * ld + j, gradient(r, j, x));
-          store(scratch.s + r * ld + j, x);
-        }
-    } else {
-      for (int r = 0; r < t.rows; r += 2) {
-        bool const pair = r + 1 < t.rows;
-        auto* const rows = reinterpret_cast<BF16*>(scratch.ds_rows + r * (ld / 2));
-        for (int j = t.first; j < t.padded; j += kLane) {
-          Vec<T> const x0 = probability(r, j), x1 = pair ? probability(r + 1, j) : Vec<T>{};
-          Vec<T> const g0 = gradient(r, j, x0), g1 = pair ? gradient(r + 1, j, x1) : Vec<T>{};
-          Vec<uint32_t> const ds = to_bf16x2(g0, g1);
-          store_units(scratch.p_stacked + r / 2 * ld + j, interleave(to_bf16x2(x0, x1)));
-          store_units(scratch.ds_stacked + r / 2 * ld + j, interleave(ds));
-          __builtin_memcpy(rows + j, &ds, kVecBytes / 2);
-          if (pair) store_real(rows + ld + j, g1);
-        }
-      }
-    }
-  }
-
-  // The two halves' bf16 in turns: a row above another as one row of units.
-  static Vec<uint32_t> interleave(Vec<uint32_t> halves) {
-    Vec<uint16_t> order;
-    for (int i = 0; i < kLanes<uint16_t>; ++i)
-      order[i] = static_cast<uint16_t>(i / 2 + i % 2 * kLanes<float>);
-    return reinterpret_cast<Vec<uint32_t>>(
-        __builtin_shuffle(reinterpret_cast<Vec<uint16_t>>(halves), order));
-  }
-
-  void differentiate_any(const ScoreContext& c, const Tile& t) const {
-    for (int r = 0; r < t.rows; ++r) {
-      scratch.row_index[r] = t.row0 + r;
-      scratch.row_head[r] = t.h;
-    }
-    auto const view = [&](T* x, int last) {
-      return ScoreTile<T>{x + t.first,       scratch.ld_s,     t.rows,          last - t.first,
-                          scratch.row_index, scratch.row_head, t.key0 + t.first};
-    };
-    bool const terms = has_score_terms(p), dropout = p.dropout_threshold != 0;
-    T* const slope = p.softcap > 0 ? scratch.slope + t.first : nullptr;
-    if (terms) add_score_terms(c, view(scratch.s, t.last), slope);
-
-    T const scale = static_cast<T>(p.scale), scale_in = terms ? T{1} : scale;
-    T const keep_scale = static_cast<T>(p.dropout_scale);
-    const T* const lse = shared.lse + t.h * p.total_q + tensor_row(t.b, c.seq, t.row0);
-    const T* const delta = shared.delta + t.h * p.total_q + tensor_row(t.b, c.seq, t.row0);
-    T const factor = p.dbias || slope ? T{1} : scale;  // else applied after dbias has its share
-    if (dropout) drop(c, view(scratch.dp, t.padded));
-    for (int r = 0; r < t.rows; ++r) {
-      T *const s = scratch.s + r * scratch.ld_s, *const dp = scratch.dp + r * scratch.ld_s;
-      for (int j = t.first; j < t.padded; j += kLane) {
-        Vec<T> const probability = exp2((load(s + j) * scale_in - lse[r]) * kLog2e);
-        store(s + j, probability);
-        store(dp + j, probability * factor * (load(dp + j) * keep_scale - delta[r]));
-      }
-    }
-    if (t.excludes) {
-      exclude(c, view(scratch.s, t.padded), T{0});
-      exclude(c, view(scratch.dp, t.padded), T{0});
-    }
-    if (dropout) {
-      drop(c, view(scratch.s, t.padded));
-      for (int r = 0; r < t.rows; ++r) {
-        T* const s = scratch.s + r * scratch.ld_s;
-        for (int j = t.first; j < t.padded; ++j) s[j] *= keep_scale;
-      }
-    }
-    if (p.dbias) add_dbias(t);
-    if (p.dbias || slope)
-      for (int r = 0; r < t.rows; ++r) {
-        T* const ds = scratch.dp + r * scratch.ld_s;
-        const T* const f = slope ? scratch.slope + r * scratch.ld_s : nullptr;
-        // An excluded score may have a NaN slope.
-        for (int j = t.first; j < t.padded; j += kLane) {
-          Vec<T> x = load(ds + j);
-          if (f) x = x != 0 ? x * load(f + j) : x;
-          store(ds + j, x * scale);
-        }
-      }
-  }
-
-  void add_dbias(const Tile& t) const {
-    int const cols = t.last - t.first;
-    auto const target = [&](int64_t row) {
-      return static_cast<T*>(p.dbias.data) + offset_of(p.dbias, t.b, t.h, row, t.key0 + t.first);
-    };
-    auto const add = [&](const T* from, T* to) {
-      if (p.dbias.col_stride == 0) {
-        T sum = 0;
-        for (int j = 0; j < cols; ++j) sum += from[j];
-        *to += sum;
-      } else if (p.dbias.col_stride == 1) {
-        write_row(to, from, cols, true);
-      } else {
-        for (int j = 0; j < cols; ++j) to[j * p.dbias.col_stride] += from[j];
-      }
-    };
-    if (p.dbias.row_stride != 0) {
-      for (int r = 0; r < t.rows; ++r)
-        add(scratch.dp + r * scratch.ld_s + t.first, target(t.row0 + r));
-      return;
-    }
-    clear(scratch.dbias, cols);
-    for (int r = 0; r < t.rows; ++r)
-      write_row(scratch.dbias, scratch.dp + r * scratch.ld_s + t.first, cols, true);
-    add(scratch.dbias, target(0));
-  }
-
   // C += A X with the terms of A = 0 left out, whatever X holds there. a(i, k) is at
   // a[i * row_stride + k * col_stride].
   template <class X>
@@ -600,7 +328,7 @@ class Backward {
       auto const seq = tile::sequence_of(p, b);
       int64_t const end = p.cu_seqlens_q ? seq.seqlen_q : p.seqlen_q;
       for (int64_t i = 0; i < end; ++i) {
-        int64_t const at = h * p.total_q + tensor_row(b, seq, i);
+        int64_t const at = h * p.total_q + tensor_row(p, b, seq, i);
         if (p.dsinks)
           dsink -= __builtin_exp(double{p.sinks[h]} - shared.lse[at]) * shared.delta[at];
         if (p.dq && shared.dq)
@@ -618,7 +346,8 @@ class Backward {
 
 template <DType D>
 constexpr Entry backward_entry() {
-  return {Backward<D>::kBlockM, Backward<D>::kBlockN, Backward<D>::plan, Backward<D>::run};
+  return {BackwardLayout<D>::kBlockM, BackwardLayout<D>::kBlockN, Backward<D>::plan,
+          Backward<D>::run};
 }
 
 }  // namespace

@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
@@ -142,10 +144,38 @@ Pool& pool() {
   return *p;
 }
 
-int env_threads(const char* name) {
-  const char* text = std::getenv(name);
-  long const n = text ? std::strtol(text, nullptr, 10) : 0;  // OMP_NUM_THREADS may be a list
-  return static_cast<int>(std::clamp(n, 0L, 4096L));
+constexpr int kMostThreads = 4096;
+
+// The whole of text as a number from 1 on; 0 if it is not one.
+int positive_number(const std::string& text) {
+  int64_t n = 0;
+  auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
+  if (error == std::errc::result_out_of_range) return text[0] == '-' ? 0 : kMostThreads;
+  if (error != std::errc() || end != text.data() + text.size() || n < 1) return 0;
+  return static_cast<int>(std::min<int64_t>(n, kMostThreads));
+}
+
+// Our own variable: what it cannot mean is said once, and then it is as if it were not set. Nobody
+// loses a run to a slip in a setting that changes no result.
+int own_threads() {
+  const char* const text = std::getenv("FLASHCORE_NUM_THREADS");
+  if (!text || !*text) return 0;
+  int const n = positive_number(text);
+  if (n == 0)
+    std::fprintf(stderr,
+                 "flashcore: FLASHCORE_NUM_THREADS='%s' is ignored: it must be an integer from 1 "
+                 "to %d\n",
+                 text, kMostThreads);
+  return n;
+}
+
+// OpenMP's variable is a list, one number for each level of nesting, and OpenMP's to complain
+// about.
+int omp_threads() {
+  const char* const text = std::getenv("OMP_NUM_THREADS");
+  if (!text) return 0;
+  std::string const list = text;
+  return positive_number(list.substr(0, list.find(',')));
 }
 
 #if defined(__linux__)
@@ -170,8 +200,8 @@ int cgroup_limit() {
 
 int default_threads() {
   static const int n = [] {
-    if (int const ours = env_threads("FLASHCORE_NUM_THREADS")) return ours;
-    if (int const omp = env_threads("OMP_NUM_THREADS")) return omp;
+    if (int const ours = own_threads()) return ours;
+    if (int const omp = omp_threads()) return omp;
     int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 #if defined(__linux__)
     cpu_set_t set;
@@ -203,7 +233,7 @@ int num_threads(int limit) {
 }  // namespace flashcore::cpu
 
 extern "C" void flashcore_set_num_threads(int32_t n) {
-  flashcore::cpu::chosen_threads.store(std::clamp(n, 0, 4096));
+  flashcore::cpu::chosen_threads.store(std::clamp(n, 0, flashcore::cpu::kMostThreads));
 }
 
 extern "C" int32_t flashcore_get_num_threads(void) {

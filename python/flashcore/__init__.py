@@ -12,11 +12,6 @@ from __future__ import annotations
 from flashcore import _threadpool
 from flashcore._core import VERSION as __version__
 from flashcore.api import (
-    Device,
-    Grads,
-    Kernel,
-    Plan,
-    Result,
     attention,
     attention_backward,
     devices,
@@ -35,6 +30,8 @@ from flashcore.errors import (
     Error,
     UnsupportedError,
 )
+from flashcore.options import Options
+from flashcore.results import Device, Grads, Kernel, Plan, Result
 
 __all__ = [
     "ArgumentError",
@@ -45,6 +42,7 @@ __all__ = [
     "Error",
     "Grads",
     "Kernel",
+    "Options",
     "Plan",
     "Result",
     "UnsupportedError",

@@ -1,23 +1,33 @@
 """New arrays for outputs and device workspaces, one allocator per framework.
 
 The extension makes an allocator when it meets the first array of a framework, which is imported
-here by name and found loaded. An allocator takes
-
-    like    an array of that framework: the new one is on its device
-    shape   None: that of like, with its dtype and order of dimensions
-    dtype   the name of a dtype; None if shape is
-    zero    fill with zeros
-    stream  the raw CUDA stream that the caller named, or None for the framework's current one:
-            frameworks recycle memory in stream order, so memory belongs to the stream that uses it
+here by name and found loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-Allocator = Callable[[Any, Any, Any, bool, Any], Any]
+
+class Allocator(NamedTuple):
+    """like(array): a new array of its shape, dtype, order of dimensions and device.
+
+    make(like, shape, dtype, zero, stream): any other.
+
+    like    an array of that framework: the new one is on its device
+    shape   None: as like(like) would have it
+    dtype   the name of a dtype; None if shape is
+    zero    fill with zeros
+    stream  the raw CUDA stream that the caller named, or None for the framework's current one:
+            frameworks recycle memory in stream order, so memory belongs to the stream that uses it
+    """
+
+    like: Callable[[Any], Any]
+    make: Callable[[Any, Any, Any, bool, Any], Any]
+
 
 _ALIGNMENT = 64  # bytes: what JAX asks of memory that it takes over without a copy
 
@@ -33,32 +43,27 @@ def torch_allocator() -> Allocator:
             cuda.default_stream(device) if legacy else cuda.ExternalStream(stream, device)
         )
 
-    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+    def make(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
         if stream is not None and like.is_cuda:
             with on_stream(like.device, stream):
-                return allocate(like, shape, dtype, zero, None)
+                return make(like, shape, dtype, zero, None)
         if shape is None:
-            made = torch.zeros_like(like) if zero else torch.empty_like(like)
-            # The order of an expanded tensor need not end with its last dimension.
-            return made if made.stride(-1) == 1 else made.contiguous()
-        make = torch.zeros if zero else torch.empty
-        return make(shape, dtype=getattr(torch, dtype), device=like.device)
+            return torch.zeros_like(like) if zero else torch.empty_like(like)
+        new = torch.zeros if zero else torch.empty
+        return new(shape, dtype=getattr(torch, dtype), device=like.device)
 
-    return allocate
+    return Allocator(torch.empty_like, make)
 
 
 def numpy_allocator() -> Allocator:
     import numpy as np
 
-    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+    def make(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
         if shape is None:
-            make_like = np.zeros_like if zero else np.empty_like
-            made = make_like(like, subok=False)
-            # The order of a broadcast array need not end with its last dimension.
-            return made if made.strides[-1] == made.itemsize else np.ascontiguousarray(made)
+            return (np.zeros_like if zero else np.empty_like)(like, subok=False)
         return (np.zeros if zero else np.empty)(shape, _numpy_dtype(dtype))
 
-    return allocate
+    return Allocator(functools.partial(np.empty_like, subok=False), make)
 
 
 class _RawStream:
@@ -79,17 +84,16 @@ def cupy_allocator() -> Allocator:
             return cupy.cuda.Stream.from_external(_RawStream(stream))
         return cupy.cuda.ExternalStream(stream, device_id)
 
-    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+    def make(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
         with contextlib.ExitStack() as scope:
             scope.enter_context(like.device)
             if stream is not None:
                 scope.enter_context(on_stream(stream, like.device.id))
             if shape is None:
-                made = cupy.zeros_like(like) if zero else cupy.empty_like(like)
-                return made if made.strides[-1] == made.itemsize else cupy.ascontiguousarray(made)
+                return cupy.zeros_like(like) if zero else cupy.empty_like(like)
             return (cupy.zeros if zero else cupy.empty)(shape, _numpy_dtype(dtype))
 
-    return allocate
+    return Allocator(lambda like: make(like, None, None, False, None), make)
 
 
 def jax_allocator() -> Allocator:
@@ -97,7 +101,7 @@ def jax_allocator() -> Allocator:
     one: aligned so that JAX need not copy it."""
     import numpy as np
 
-    def allocate(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
+    def make(like: Any, shape: Any, dtype: Any, zero: bool, stream: Any) -> Any:
         kind = like.dtype if shape is None else np.dtype(_numpy_dtype(dtype))
         shape = like.shape if shape is None else shape
         size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
@@ -105,7 +109,7 @@ def jax_allocator() -> Allocator:
         start = -memory.ctypes.data % _ALIGNMENT
         return memory[start : start + size].view(kind).reshape(shape)
 
-    return allocate
+    return Allocator(lambda like: make(like, None, None, False, None), make)
 
 
 def jax_array(buffer: Any, like: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The compiled extension. Options travel as one tuple in the order of OPTION_NAMES."""
+"""The compiled extension. Options travel as one dict; OPTION_NAMES is what it may hold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VERSION: str
@@ -15,7 +15,7 @@ def attention(
     q: Any,
     k: Any,
     v: Any,
-    options: tuple[Any, ...],
+    options: Mapping[str, Any],
     out: Any,
     out_dtype: Any,
     return_lse: bool,
@@ -30,7 +30,7 @@ def attention_backward(
     v: Any,
     out: Any,
     lse: Any,
-    options: tuple[Any, ...],
+    options: Mapping[str, Any],
     dlse: Any,
     dq: Any,
     dk: Any,
@@ -40,7 +40,7 @@ def attention_backward(
     /,
 ) -> tuple[Any, Any, Any, Any, Any]: ...
 def explain(
-    q: Any, k: Any, v: Any, options: tuple[Any, ...], backward: bool, /
+    q: Any, k: Any, v: Any, options: Mapping[str, Any], backward: bool, /
 ) -> tuple[_Kernel | None, int, int, bool, list[tuple[str, str]]]: ...
 def merge(
     outs: Sequence[Any], lses: Sequence[Any], layout: str, out_dtype: Any, stream: Any, /

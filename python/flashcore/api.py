@@ -1,20 +1,24 @@
-"""The functions of flashcore. Defaults and documentation; the work is in the compiled core."""
+"""The functions of flashcore. Documentation; the work is in the compiled core."""
 
 from __future__ import annotations
 
-import operator
+import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from flashcore import _core
+from flashcore._arguments import integer
 from flashcore.errors import ArgumentError, ArgumentTypeError
+from flashcore.options import Array, Options
+from flashcore.results import Device, Grads, Kernel, Plan, Result
+
+if TYPE_CHECKING:
+    if sys.version_info >= (3, 11):
+        from typing import Unpack
+    else:
+        from typing_extensions import Unpack
 
 __all__ = [
-    "Device",
-    "Grads",
-    "Kernel",
-    "Plan",
-    "Result",
     "attention",
     "attention_backward",
     "devices",
@@ -26,107 +30,18 @@ __all__ = [
     "set_num_threads",
 ]
 
-Array = Any
-"""Any DLPack array: NumPy, PyTorch, CuPy, JAX outside of jit."""
-
-Window = tuple[int | None, int | None]
-
-
-class Result(NamedTuple):
-    """What `attention` returns when a return_* option is set. What was not asked for is None."""
-
-    out: Array
-    lse: Array
-    max_logits: Array
-
-
-class Grads(NamedTuple):
-    """What `attention_backward` returns. dbias and dsinks are None without bias and sinks."""
-
-    dq: Array
-    dk: Array
-    dv: Array
-    dbias: Array
-    dsinks: Array
-
-
-class Kernel(NamedTuple):
-    """One compiled kernel. head_dim is the largest it takes; 0 means any."""
-
-    name: str
-    direction: str  # "forward" or "backward"
-    backend: str  # "cpu", "sm90"
-    isa: str  # instruction set: "avx512", "sm_90a"
-    dtype: str
-    mask: str  # what it can exclude: "any", "none", "causal"
-    head_dim: int
-    head_dim_v: int
-    block_m: int  # query rows per tile
-    block_n: int  # keys per tile
-    usable: bool  # a device of this machine can run it
-
-
-class Device(NamedTuple):
-    """A device that flashcore can see."""
-
-    kind: str  # "cpu" or "cuda"
-    id: int
-    name: str
-    isa: str
-    multiprocessors: int  # CUDA: streaming multiprocessors; CPU: threads that flashcore would use
-    memory_bytes: int  # 0 if unknown
-
-
-class Plan(NamedTuple):
-    """What a call would do. kernel is None if no kernel can run it: refusals says why."""
-
-    kernel: str | None
-    backend: str
-    arch: str  # instruction set
-    tile: tuple[int, int]  # query rows and keys per step
-    splits: int  # parts that the keys are split into
-    workspace_bytes: int
-    deterministic: bool  # bitwise repeatable from run to run
-    refusals: list[tuple[str, str]]  # (kernel, reason), in order of preference
-
 
 def attention(
     q: Array,
     k: Array,
     v: Array,
     *,
-    layout: str = "bshd",
-    scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = (None, None),
-    align: str = "bottom_right",
-    q_offset: int | Array | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Array | None = None,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    sinks: Array | None = None,
-    block_mask: Any | None = None,
-    dropout_p: float = 0.0,
-    rng: tuple[int, int] | Array | None = None,
-    cu_seqlens_q: Array | None = None,
-    cu_seqlens_k: Array | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    seqlens_q: Array | None = None,
-    seqlens_k: Array | None = None,
-    page_table: Array | None = None,
-    q_descale: Array | None = None,
-    k_descale: Array | None = None,
-    v_descale: Array | None = None,
-    num_splits: int = 0,
-    split_size: int | None = None,
-    deterministic: bool = False,
     out: Array | None = None,
     out_dtype: Any | None = None,
     return_lse: bool = False,
     return_max_logits: bool = False,
     stream: Any | None = None,
+    **options: Unpack[Options],
 ) -> Any:
     """Exact attention: softmax(scale * q @ k^T + ..., over the visible keys) @ v.
 
@@ -237,13 +152,6 @@ def attention(
     >>> fc.attention(q, q, q, causal=True).shape
     (1, 1024, 8, 64)
     """
-    options = (
-        layout, scale, causal, window_size, align, q_offset,
-        softcap, alibi_slopes, bias, mask, sinks, block_mask,
-        dropout_p, rng, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        seqlens_q, seqlens_k, page_table, q_descale, k_descale, v_descale,
-        num_splits, split_size, deterministic,
-    )  # fmt: skip
     result = _core.attention(
         q, k, v, options, out, out_dtype, return_lse, return_max_logits, stream
     )
@@ -258,39 +166,13 @@ def attention_backward(
     out: Array,
     lse: Array,
     *,
-    layout: str = "bshd",
-    scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = (None, None),
-    align: str = "bottom_right",
-    q_offset: int | Array | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Array | None = None,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    sinks: Array | None = None,
-    block_mask: Any | None = None,
-    dropout_p: float = 0.0,
-    rng: tuple[int, int] | Array | None = None,
-    cu_seqlens_q: Array | None = None,
-    cu_seqlens_k: Array | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    seqlens_q: Array | None = None,
-    seqlens_k: Array | None = None,
-    page_table: Array | None = None,
-    q_descale: Array | None = None,
-    k_descale: Array | None = None,
-    v_descale: Array | None = None,
-    num_splits: int = 0,
-    split_size: int | None = None,
-    deterministic: bool = False,
     dlse: Array | None = None,
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
     accumulate: bool = False,
     stream: Any | None = None,
+    **options: Unpack[Options],
 ) -> Grads:
     """Gradients of `attention`, recomputing the softmax from lse instead of storing it.
 
@@ -332,13 +214,6 @@ def attention_backward(
     .. [1] Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with
        IO-Awareness", NeurIPS 2022, appendix B, https://arxiv.org/abs/2205.14135
     """
-    options = (
-        layout, scale, causal, window_size, align, q_offset,
-        softcap, alibi_slopes, bias, mask, sinks, block_mask,
-        dropout_p, rng, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        seqlens_q, seqlens_k, page_table, q_descale, k_descale, v_descale,
-        num_splits, split_size, deterministic,
-    )  # fmt: skip
     return Grads(
         *_core.attention_backward(
             dout, q, k, v, out, lse, options, dlse, dq, dk, dv, accumulate, stream
@@ -421,10 +296,11 @@ def dropout_mask(
     """
     allowed = f"[dropout_mask] shape must be four integers >= 0, (B, Hq, Sq, Sk), got {shape!r}"
     try:
-        sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        raise ArgumentTypeError(allowed) from None
-    if len(sizes) != 4 or min(sizes) < 0:
+        sizes = tuple(integer("dropout_mask", "shape", n) for n in shape)
+    except (TypeError, ArgumentError) as error:
+        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+        raise kind(allowed) from None
+    if len(sizes) != 4:
         raise ArgumentError(allowed)
     if out is None:
         import numpy as np
@@ -476,13 +352,14 @@ def explain(q: Array, k: Array, v: Array, *, direction: str = "forward", **optio
         raise ArgumentError(
             f"[explain] direction must be 'forward' or 'backward', got {direction!r}"
         )
-    defaults: dict[str, Any] = attention.__kwdefaults__  # type: ignore[assignment]
-    for name in options:
-        if name not in defaults:
+    shared: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _core.OPTION_NAMES:
+            shared[name] = value
+        elif name not in (attention.__kwdefaults__ or {}):
             raise TypeError(f"explain() got an option that attention() does not have: {name!r}")
-    values = {**defaults, **options}
     chosen, splits, workspace_bytes, deterministic, refusals = _core.explain(
-        q, k, v, tuple(values[name] for name in _core.OPTION_NAMES), direction == "backward"
+        q, k, v, shared, direction == "backward"
     )
     if chosen is None:
         return Plan(None, "", "", (0, 0), 0, 0, False, refusals)

@@ -1,4 +1,4 @@
-// What validate.cpp makes of good arguments, and what it says about bad ones.
+// What validate makes of good arguments, and what it says about bad ones.
 #include "validate.h"
 
 #include <cmath>

@@ -220,6 +220,15 @@ def test_lengths_that_are_none() -> None:
         fc.BlockMask.from_dense([[True], [True, False]])
 
 
+def test_booleans_are_no_lengths() -> None:
+    with pytest.raises(fc.ArgumentTypeError, match=r"block must be two positive integers"):
+        fc.BlockMask.sliding(64, block=(True, 16), window_size=(1, 1))
+    with pytest.raises(fc.ArgumentTypeError, match="seqlen_q must be an integer >= 0, got True"):
+        fc.BlockMask.butterfly(True)
+    with pytest.raises(fc.ArgumentTypeError, match=r"window_size\[0\] must be an integer"):
+        fc.BlockMask.sliding(64, window_size=(True, None))
+
+
 def test_lists_of_other_shapes() -> None:
     m = fc.BlockMask.butterfly(64, block=(16, 16))
     lists = [m.kv_num_blocks, m.kv_indices, m.q_num_blocks, m.q_indices]

@@ -389,7 +389,7 @@ def test_jax_takes_the_buffer_over(jax: Any) -> None:
     from flashcore import _allocate
 
     like = jax.device_put(jax.numpy.zeros((3, 5)), jax.devices("cpu")[0])
-    buffer = _allocate.jax_allocator()(like, (7, 9), "float32", True, None)
+    buffer = _allocate.jax_allocator().make(like, (7, 9), "float32", True, None)
     address = buffer.ctypes.data
     assert _allocate.jax_array(buffer, like).unsafe_buffer_pointer() == address
 
@@ -708,6 +708,37 @@ def test_refused_types_are_not_kept_alive() -> None:
     assert gone() is None
 
 
+def test_array_types_are_not_kept_alive() -> None:
+    """A new class may come to live where a dead one was: it must not be taken for it."""
+    x = inputs()[0]
+    want = fc.attention(x, x, x)
+    array = {
+        "__dlpack__": lambda self, **options: x.__dlpack__(max_version=options["max_version"]),
+        "__dlpack_device__": lambda self: (1, 0),
+    }
+
+    def use(methods: dict[str, Any]) -> tuple[int, weakref.ref[type]]:
+        made = type("Made", (), methods)
+        if methods:
+            np.testing.assert_array_equal(fc.attention(x, made(), x), want)
+        else:
+            with pytest.raises(fc.ArgumentTypeError, match="Made, not an array"):
+                fc.attention(x, made(), x)
+        return id(made), weakref.ref(made)
+
+    arrays, others = set(), set()
+    gc.disable()  # what dies young is then found by a look at the youngest
+    try:
+        for turn in range(100):
+            address, gone = use(array if turn % 2 else {})
+            gc.collect(0)
+            assert gone() is None
+            (arrays if turn % 2 else others).add(address)
+    finally:
+        gc.enable()
+    assert arrays & others  # one did come to live where another was
+
+
 def test_masked_array() -> None:
     q, k, v = inputs()
     with pytest.raises(fc.ArgumentError, match="q is numpy.ma.MaskedArray, a masked array.*mask="):
@@ -754,6 +785,17 @@ def test_dtypes_without_a_kernel(dtype: Any) -> None:
         ({"block_mask": fc.BlockMask}, "block_mask must be a flashcore.BlockMask, got a class"),
         ({"num_splits": 1.0}, "num_splits must be an integer"),
         ({"num_splits": 2**40}, "num_splits does not fit 32 bits"),
+        ({"scale": True}, "scale must be a number, got bool"),
+        ({"scale": np.True_}, "scale must be a number, got numpy.bool"),
+        ({"softcap": False}, "softcap must be a number, got bool"),
+        ({"dropout_p": False}, "dropout_p must be a number, got bool"),
+        ({"dropout_p": 0.1, "rng": (True, 0)}, r"rng\[0\] \(seed\) must be an integer, got bool"),
+        ({"window_size": (True, None)}, r"window_size\[0\] must be an integer, got bool"),
+        ({"q_offset": True}, "q_offset must be an integer, got bool"),
+        ({"num_splits": True}, "num_splits must be an integer, got bool"),
+        ({"split_size": False}, "split_size must be an integer, got bool"),
+        ({"max_seqlen_q": np.True_}, "max_seqlen_q must be an integer, got numpy.bool"),
+        ({"stream": True}, "stream must be an integer"),
         ({"deterministic": 2}, "deterministic must be True or False"),
         ({"return_lse": 2}, "return_lse must be True or False"),
         ({"stream": "main"}, "stream must be an integer"),
@@ -764,6 +806,10 @@ def test_dtypes_without_a_kernel(dtype: Any) -> None:
 def test_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(fc.Error, match=message):
         fc.attention(*inputs(), **options)
+
+
+def test_options_are_what_the_core_reads() -> None:
+    assert tuple(fc.Options.__annotations__) == _core.OPTION_NAMES
 
 
 def test_unknown_option() -> None:
@@ -787,7 +833,7 @@ def test_numpy_scalars_are_values() -> None:
 
 
 def test_every_option_reaches_the_core() -> None:
-    """An option in the wrong place of the tuple would be another option: each changes its own."""
+    """An option that is read as another would show: each changes the result in its own way."""
     q, k, v = inputs()
     base = fc.attention(q, k, v)
     h, sk = 4, SHAPE_KV[1]
@@ -970,7 +1016,8 @@ def test_merge_out_dtype_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [None, "abc", 4, (1, 1, 4), (1, 1, -4, 4), (1, 1, 4.0, 4), (2**40,) * 4]
+    "shape",
+    [None, "abc", 4, (1, 1, 4), (1, 1, -4, 4), (1, 1, 4.0, 4), (1, True, 4, 4), (2**40,) * 4],
 )
 def test_dropout_mask_shapes(shape: Any) -> None:
     with pytest.raises(fc.ArgumentError, match=r"\[dropout_mask\] shape .*"):
@@ -983,12 +1030,16 @@ def test_dropout_mask_refuses() -> None:
         fc.dropout_mask(shape, 0.5, (1, 2), out=[1])
     with pytest.raises(fc.ArgumentError, match="out must be bool or uint8, got float64"):
         fc.dropout_mask(shape, 0.5, (1, 2), out=np.ones(shape))
+    with pytest.raises(
+        fc.ArgumentTypeError, match=r"\[dropout_mask\] p must be a number, got bool"
+    ):
+        fc.dropout_mask(shape, False, (1, 2))
     for p in (1.0, -0.5, float("nan")):
         with pytest.raises(fc.ArgumentError, match=r"\[dropout_mask\] p must be in \[0, 1\)"):
             fc.dropout_mask(shape, p, (1, 2))
 
 
-@pytest.mark.parametrize("n", ["a", None, 1.5, 2**31, 2**70])
+@pytest.mark.parametrize("n", ["a", None, 1.5, 2**31, 2**70, True])
 def test_numbers_of_threads_that_are_none(n: Any) -> None:
     before = fc.get_num_threads()
     with pytest.raises(fc.ArgumentError, match=r"\[set_num_threads\] n "):

@@ -1,6 +1,9 @@
 """Threads change how long a call takes, never what it returns."""
 
 import concurrent.futures
+import os
+import subprocess
+import sys
 
 import cases
 import pytest
@@ -96,12 +99,44 @@ def test_environment(variables, threads):
     assert run_python(code, **{**clean, **variables}).strip() == str(threads)
 
 
-@pytest.mark.parametrize("bad", ["", "0", "-3", "many", "99999999999999999999"])
-def test_a_bad_environment_is_the_default(bad):
-    code = "import flashcore as fc; print(fc.get_num_threads())"
-    default = run_python(code, FLASHCORE_NUM_THREADS="", OMP_NUM_THREADS="")
-    got = int(run_python(code, FLASHCORE_NUM_THREADS=bad, OMP_NUM_THREADS=""))
-    assert got == int(default) or got >= 1 and bad.startswith("9")
+COUNT = "import flashcore as fc; print(fc.get_num_threads(), fc.get_num_threads())"
+
+
+def count_threads(**variables):
+    """What a new process answers, and what it says about its environment."""
+    clean = {"FLASHCORE_NUM_THREADS": "", "OMP_NUM_THREADS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT],
+        env={**os.environ, **clean, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, again = done.stdout.split()
+    assert first == again
+    return int(first), done.stderr
+
+
+@pytest.mark.parametrize("bad", ["0", "-3", "many", "1e9", "2.5", "4 ", "-99999999999999999999"])
+def test_a_bad_environment_is_the_default_and_said_once(bad):
+    default, silent = count_threads()
+    assert silent == ""
+    threads, said = count_threads(FLASHCORE_NUM_THREADS=bad)
+    assert threads == default
+    assert said == (
+        f"flashcore: FLASHCORE_NUM_THREADS='{bad}' is ignored: it must be an integer from 1 to "
+        "4096\n"
+    )
+
+
+@pytest.mark.parametrize("many", ["5000", "1000000000", "99999999999999999999"])
+def test_more_threads_than_there_may_be(many):
+    assert count_threads(FLASHCORE_NUM_THREADS=many) == (4096, "")
+
+
+@pytest.mark.parametrize("bad", ["0", "many"])
+def test_a_bad_environment_of_openmp_is_the_default(bad):
+    assert count_threads(OMP_NUM_THREADS=bad) == count_threads()
 
 
 def test_affinity_is_the_default():
