@@ -62,7 +62,7 @@ template <class E>
 struct DecodeTiles {
   using T = Real<E>;
   using U = Operand<E>;
-  // Keys at a time: their K and V stay in the second-level cache.
+  // Keys at a time: enough that softmax and the correction of O cost little.
   static constexpr int kChunk = 256;
   int64_t ldq, ldo;
   U* q;
@@ -81,16 +81,15 @@ struct DecodeTiles {
   }
 };
 
-// Reads one byte of every cache line of some rows. A loop of loads alone keeps more misses in
-// flight than the arithmetic below can with its own loads in between, and prefetch instructions are
-// dropped when too many are waiting: fetching a chunk first, then computing, is 1.6 times as fast
-// as computing straight from memory.
+// Asks for the cache line at p[c] of a row that is used kAhead rows later, once a line. Reading in
+// the order of memory, the processor's own prefetching gets 0.75 of the bandwidth for one row of Q.
+// With more rows there is too much arithmetic between two misses, and it stops at every page. Into
+// the second-level cache: a request for the first level is dropped much sooner when too many wait.
+constexpr int kAhead = 32;
 template <class E>
-void fetch_rows(const E* rows, int64_t stride, int count, int64_t cols) {
+FC_INLINE void ask_for(const E* p, int64_t c) {
   constexpr int64_t line = 64 / sizeof(E);
-  for (int j = 0; j < count; ++j, rows += stride)
-    for (int64_t c = 0; c < cols; c += line)
-      (void)*reinterpret_cast<const volatile char*>(rows + c);
+  if (c % line == 0) __builtin_prefetch(p + c, 0, 2);
 }
 
 // Lane i of the result is the sum of x[i], by halving: kLanes reductions for the price of two.
@@ -104,13 +103,6 @@ FC_INLINE Vec<T> reduce_each(Vec<T> (&x)[kLanes<T>]) {
   return x[0];
 }
 
-// One vector of a row, of which n elements are left; past the end, zeros.
-template <bool kWhole, class E>
-FC_INLINE Vec<Real<E>> load_part(const E* row, int64_t n) {
-  if constexpr (kWhole) return load_real(row);
-  return load_real_n(row, static_cast<int>(n));
-}
-
 // s[r * lds + j] = q[r] . k[j] for R rows and `count` keys. R divides kLanes, so that the products
 // of R rows with kLanes / R keys fill one vector.
 template <int R, class U, class E>
@@ -119,25 +111,36 @@ template <int R, class U, class E>
   using T = Real<E>;
   constexpr int kStep = kLanes<T> * kPerUnit<U>;
   constexpr int kKeys = kLanes<T> / R;
+  // One key after the other is the order of memory; two at a time share the loads of Q.
+  constexpr int kTogether = min_of(R >= 4 ? 2 : 1, kKeys);
+  constexpr int kRowsAhead = R == 1 && kVecBytes == 64 ? 4 : kAhead;
   for (int j = 0; j < count; j += kKeys) {
     const E* row[kKeys];
     for (int i = 0; i < kKeys; ++i) row[i] = k + min_of(j + i, count - 1) * stride;
     Vec<T> acc[kLanes<T>];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; ++i) acc[i] = Vec<T>{};
-    auto const step = [&]<bool kWhole>(int64_t c) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) {
-        auto const x = units_along<U>(row[i] + c, kWhole ? kStep : head_dim - c);
+    for (int i = 0; i < kKeys; i += kTogether) {
+      auto const step = [&]<bool kWhole>(int64_t c) {
+        decltype(units_along<U>(k, 0)) x[kTogether];
+#pragma GCC unroll 2
+        for (int n = 0; n < kTogether; ++n) {
+          ask_for(row[i + n] + kRowsAhead * stride, c);
+          x[n] = units_along<U>(row[i + n] + c, kWhole ? kStep : head_dim - c);
+        }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-          acc[r * kKeys + i] =
-              dot_add(acc[r * kKeys + i], load_unit(q + r * ldq + c / kPerUnit<U>), x);
-      }
-    };
-    int64_t c = 0;
-    for (; c + kStep <= head_dim; c += kStep) step.template operator()<true>(c);
-    if (c < head_dim) step.template operator()<false>(c);
+        for (int r = 0; r < R; ++r) {
+          auto const y = in_register(load_unit(q + r * ldq + c / kPerUnit<U>));
+#pragma GCC unroll 2
+          for (int n = 0; n < kTogether; ++n)
+            acc[r * kKeys + i + n] = dot_add(acc[r * kKeys + i + n], y, x[n]);
+        }
+      };
+      int64_t c = 0;
+      for (; c + kStep <= head_dim; c += kStep) step.template operator()<true>(c);
+      if (c < head_dim) step.template operator()<false>(c);
+    }
     alignas(64) T sums[kLanes<T>];
     store(sums, reduce_each<T>(acc));
     // Past the last key this writes its product again: s has room for whole vectors.
@@ -147,28 +150,39 @@ template <int R, class U, class E>
   }
 }
 
-// o[r] = correction[r] * o[r] + sum over j of p[r][j] * v[j], for R rows and N vectors of columns.
-// kSkip: where P = 0 the row may not see the key, whose V may then be NaN: it is left out.
-template <int R, int N, bool kSkip, bool kWhole, class E>
-[[gnu::noinline]] void add_values(const Real<E>* p, int64_t ldp, const E* v, int64_t stride,
-                                  int count, int64_t cols, Real<E>* o, int64_t ldo,
-                                  const Real<E>* correction) {
+// o[r] = correction[r] * o[r] + sum over j of p[r][j] * v[j], for R rows and N vectors of columns,
+// of which `cols` columns exist. ask: for rows kAhead further on. kSkip: where P = 0 the row may
+// not see the key, whose V may then be NaN: it is left out.
+template <int R, int N, bool kSkip, bool kWhole, class U, class E>
+[[gnu::noinline]] void add_values(const U* p, int64_t ldp, const E* v, int64_t stride, int count,
+                                  int64_t cols, Real<E>* o, int64_t ldo, const Real<E>* correction,
+                                  bool ask) {
   using T = Real<E>;
+  constexpr int u = kPerUnit<U>;
   Vec<T> acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) acc[r][c] = load(o + r * ldo + c * kLanes<T>) * correction[r];
-  for (int j = 0; j < count; ++j) {
-    if (kSkip && p[j] == 0) continue;
+  for (int j = 0; j < count; j += u) {
+    if constexpr (kSkip)
+      if (p[j] == 0) continue;
     const E* row = v + j * stride;
-    Vec<T> x[N];
+    const E* below = u == 2 && j + 1 < count ? row + stride : nullptr;
+    decltype(units_across<U>(v, v, 0)) x[N];
 #pragma GCC unroll 8
-    for (int c = 0; c < N; ++c) x[c] = load_part<kWhole>(row + c * kLanes<T>, cols);
+    for (int c = 0; c < N; ++c) {
+      int64_t const col = c * kLanes<T>;
+      if (ask)
+        for (int i = 0; i < u; ++i) ask_for(row + (kAhead + i) * stride, col);
+      x[c] = in_register(
+          units_across<U>(row + col, below ? below + col : nullptr, kWhole ? kLanes<T> : cols));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < N; ++c) acc[r][c] += p[r * ldp + j] * x[c];
+      for (int c = 0; c < N; ++c)
+        acc[r][c] = dot_add(acc[r][c], splat_unit(p + r * ldp + j / u), x[c]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -176,25 +190,36 @@ template <int R, int N, bool kSkip, bool kWhole, class E>
     for (int c = 0; c < N; ++c) store(o + r * ldo + c * kLanes<T>, acc[r][c]);
 }
 
-template <int R, bool kSkip, class E>
-void add_values(const Real<E>* p, int64_t ldp, const E* v, int64_t stride, int count, int64_t cols,
+// As many columns as the registers hold, so that rows are read in the order of memory; kAhead keys
+// at a time, so that the next rows of P find them in the first-level cache.
+template <int R, bool kSkip, class U, class E>
+void add_values(const U* p, int64_t ldp, const E* v, int64_t stride, int count, int64_t cols,
                 Real<E>* o, int64_t ldo, const Real<E>* correction) {
   constexpr int lanes = kLanes<Real<E>>;
-  constexpr int fits = kTileM * kTileN / R;  // what the register file holds
-  constexpr int N = fits >= 8 ? 8 : fits >= 4 ? 4 : fits >= 2 ? 2 : 1;
-  int64_t c = 0;
-  auto const add = [&]<int kVectors, bool kWhole>() {
-    add_values<R, kVectors, kSkip, kWhole>(p, ldp, v + c, stride, count, cols - c, o + c, ldo,
-                                           correction);
-    c += kVectors * lanes;
-  };
-  while (c + N * lanes <= cols) add.template operator()<N, true>();
-  while (c + lanes <= cols) add.template operator()<1, true>();
-  if (c < cols) add.template operator()<1, false>();
+  constexpr int kRows = max_of(1, min_of(R, kTileM * kTileN / 8) / 2 * 2);
+  static constexpr Real<E> kOnes[kDecodeRows] = {1, 1, 1, 1, 1, 1, 1, 1};
+  bool const ask = R >= 4 || cols > 8 * lanes;  // else they are read in the order of memory
+  for (int j = 0; j < count; j += kAhead) {
+    for (int r = 0; r < R; r += kRows) {
+      int64_t c = 0;
+      auto const add = [&]<int kVectors, bool kWhole>() {
+        for (; kWhole ? c + kVectors * lanes <= cols : c < cols; c += kVectors * lanes)
+          add_values<kRows, kVectors, kSkip, kWhole>(
+              p + r * ldp + j / kPerUnit<U>, ldp, v + j * stride + c, stride,
+              min_of(kAhead, count - j), cols - c, o + r * ldo + c, ldo,
+              j == 0 ? correction + r : kOnes, ask);
+      };
+      add.template operator()<8, true>();
+      add.template operator()<4, true>();
+      add.template operator()<1, true>();
+      add.template operator()<1, false>();
+    }
+  }
 }
 
 template <class E>
 class DecodeTask {
+  using U = Operand<E>;
   using T = Real<E>;
   static constexpr int lanes = kLanes<T>;
   static constexpr int kChunk = DecodeTiles<E>::kChunk;
@@ -311,10 +336,9 @@ class DecodeTask {
       if (!visible) return;
     }
     int const count = static_cast<int>(keys.last - keys.first);
-    int const n = round_up(count, lanes);
+    int const n = round_up(count, lanes * kPerUnit<U>);
     const E* k = row_of<E>(p_.k, ctx_.batch, kv_head_, ctx_.seq.k_begin + keys.first);
     const E* v = row_of<E>(p_.v, ctx_.batch, kv_head_, ctx_.seq.k_begin + keys.first);
-    fetch_rows(k, p_.k.row_stride, count, p_.head_dim);
     for_row_groups([&](int r, auto m) {
       dot_rows<decltype(m)::value>(t_.q + r * t_.ldq, t_.ldq, k, p_.k.row_stride, count,
                                    p_.head_dim, t_.s + r * kChunk, kChunk);
@@ -327,18 +351,20 @@ class DecodeTask {
     if (!whole) exclude(ctx_, tile, kMinusInf<T>);
     for (int r = 0; r < rows_; ++r)
       for (int j = count; j < n; ++j) t_.s[r * kChunk + j] = kMinusInf<T>;
-    softmax_strip<false>(t_.s, kChunk, rows_, n, units_.scale_log2, t_.row_max, t_.row_sum,
-                         t_.correction);
-    if (p_.dropout_threshold) drop(ctx_, tile);
-
-    fetch_rows(v, p_.v.row_stride, count, p_.head_dim_v);
-    if (whole) {
+    auto const probabilities = [&]<bool kNarrow>() {
+      softmax_strip<kNarrow>(t_.s, kChunk, rows_, n, units_.scale_log2, t_.row_max, t_.row_sum,
+                             t_.correction);
+    };
+    if (whole && !p_.dropout_threshold) {
+      probabilities.template operator()<kPerUnit<U> == 2>();
       for_row_groups([&](int r, auto m) {
-        add_values<decltype(m)::value, false>(t_.s + r * kChunk, kChunk, v, p_.v.row_stride, count,
-                                              p_.head_dim_v, t_.o + r * t_.ldo, t_.ldo,
-                                              t_.correction + r);
+        add_values<decltype(m)::value, false>(reinterpret_cast<const U*>(t_.s + r * kChunk), kChunk,
+                                              v, p_.v.row_stride, count, p_.head_dim_v,
+                                              t_.o + r * t_.ldo, t_.ldo, t_.correction + r);
       });
     } else {
+      probabilities.template operator()<false>();
+      if (p_.dropout_threshold) drop(ctx_, tile);
       for (int r = 0; r < rows_; ++r)
         add_values<1, true>(t_.s + r * kChunk, kChunk, v, p_.v.row_stride, count, p_.head_dim_v,
                             t_.o + r * t_.ldo, t_.ldo, t_.correction + r);

@@ -101,12 +101,13 @@ FC_INLINE auto units_across(const E* p, const E* q, int64_t n) {
   if constexpr (kPerUnit<U> == 1) {
     return one(p);
   } else {
-    // Exact for bf16 sources, rounded for float ones.
-    auto const widened = [](Vec<float> v) {
-      return __builtin_convertvector(f32_to_bf16(v), Vec<uint32_t>);
+    auto const widened = [&](const E* x) {  // rounded, where E is not bf16 already
+      if constexpr (sizeof(E) == 2)
+        if (n >= lanes) return widen(load_u16(x));
+      return widen(f32_to_bf16(one(x)));
     };
-    Vec<uint32_t> x = widened(one(p));
-    if (q) x |= widened(one(q)) << 16;
+    Vec<uint32_t> x = widened(p);
+    if (q) x |= widened(q) << 16;
     return x;
   }
 }
