@@ -12,7 +12,7 @@ bool is_hopper(int device) {
 
 }  // namespace
 
-std::string misfit(const Problem& p, DType dtype, int head_dim) {
+std::string misfit(const Problem& p, DType dtype, int head_dim, int head_dim_v) {
   if (!is_hopper(p.device_id))
     return text("needs a GPU of compute capability 9.0; cuda:", p.device_id, " is another");
   if (p.dtype != DType::f16 && p.dtype != DType::bf16)
@@ -21,12 +21,13 @@ std::string misfit(const Problem& p, DType dtype, int head_dim) {
   const struct {
     const char* name;
     int64_t size;
-  } head_dims[] = {{"head_dim", p.head_dim}, {"v's head_dim", p.head_dim_v}};
+    int largest;
+  } head_dims[] = {{"head_dim", p.head_dim, head_dim}, {"v's head_dim", p.head_dim_v, head_dim_v}};
   for (auto const& d : head_dims) {
     if (d.size % 8 != 0)
       return text(d.name, " must be a multiple of 8, got ", d.size, ": pad to ",
                   round_up<int64_t>(d.size, 8));
-    if (d.size > head_dim) return text("takes a ", d.name, " up to ", head_dim, ", got ", d.size);
+    if (d.size > d.largest) return text("takes a ", d.name, " up to ", d.largest, ", got ", d.size);
   }
   return {};
 }
@@ -42,9 +43,10 @@ std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t
               {"seqlen", rows, r.row_stride},
               {"heads", heads, r.head_stride}};
   for (auto const& d : dims)
-    if (d.extent > 1 && (d.stride <= 0 || d.stride % 8 != 0 || d.stride >= int64_t{1} << 39))
-      return text(name, "'s ", d.dim, " stride must be a positive multiple of 8 elements, got ",
-                  d.stride, ": pass a contiguous copy");
+    if (d.extent > 1 && (d.stride < 0 || d.stride % 8 != 0 || d.stride >= int64_t{1} << 39))
+      return text(name, "'s ", d.dim,
+                  " stride must be a multiple of 8 elements and not negative, got ", d.stride,
+                  ": pass a contiguous copy");
   return {};
 }
 

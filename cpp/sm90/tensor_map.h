@@ -9,8 +9,8 @@
 namespace flashcore::sm90 {
 
 // Empty if the device, the dtype and the head dims fit a kernel for `dtype` and head dims up to
-// `head_dim`; else why not.
-std::string misfit(const Problem& p, DType dtype, int head_dim);
+// `head_dim` (q, k) and `head_dim_v`; else why not.
+std::string misfit(const Problem& p, DType dtype, int head_dim, int head_dim_v);
 
 // The copy engine wants 16-byte aligned bases and strides. Empty if it can take the tensor; else
 // why not.

@@ -1,6 +1,7 @@
 // What a Hopper backward kernel is (BwdConfig, a value) and what it is given (BwdParams).
 #pragma once
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 
 #include "common/types.h"
 #include "tile/mask.h"
@@ -44,7 +45,7 @@ struct BwdParams {
   // The workspace. Rows are padded to whole query blocks.
   float* lse_log2;  // [batch][head][padded row]: lse * log2(e); +inf where P is to be zero
   float* delta;     // [batch][head][padded row]: rowsum(dO * O) - dlse
-  float* dq_sum;    // [batch][head][query block][block_m * head_dim], see dq.cuh; null: no dq
+  float* dq_sum;    // [slot][query block][block_m * head_dim], see dq.cuh
 
   float scale;
   float scale_log2;  // scale * log2(e)
@@ -57,7 +58,22 @@ struct BwdParams {
   const int32_t* q_offset_tensor;  // [batch]; wins over q_offset when not null
   tile::Window window;
   bool accumulate;
-  tile::TileScheduler scheduler;  // of key tiles; m_block counts from the last key block
+
+  // Key tiles in their order. Either they are dealt out one by one and add to dQ in any order; or a
+  // block takes all tiles of a key head, in rising order: then it can set the sums of dQ instead of
+  // adding to zeros, and the last tile that adds can write dQ itself.
+  bool whole_heads;
+  tile::TileScheduler scheduler;  // m_block counts key tiles, from the last one
+
+  // Where the sums of a query head's dQ are.
+  FC_HD constexpr int64_t dq_slot(int block, int batch_index, int head) const {
+    return whole_heads ? int64_t{block} * group + head % group
+                       : int64_t{batch_index} * heads + head;
+  }
 };
+
+// One row of instances.def; its translation unit defines it.
+template <BwdConfig kConfig>
+void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream);
 
 }  // namespace flashcore::sm90::bwd

@@ -5,7 +5,7 @@
 #include "common/text.h"
 #include "flashcore/flashcore.h"
 #include "sm90/backend.h"
-#include "sm90/bwd/instances.h"
+#include "sm90/bwd/config.h"
 #include "sm90/tensor_map.h"
 #include "tile/block_range.h"
 
@@ -20,26 +20,23 @@ constexpr int64_t kL2Budget = int64_t{32} << 20;
 // dV.
 constexpr double kTileOverhead = 2.0;
 
-using Launch = void (*)(const BwdParams&, int blocks, int device, cudaStream_t);
+// Blocks take whole key heads if they are busy for more than this share of the rounds it takes.
+constexpr double kWorthWholeHeads = 0.9;
 
 struct Instance {
   BwdConfig config;
-  const char* name;
-  Launch launch;
+  void (*launch)(const BwdParams&, int blocks, int device, cudaStream_t);
 };
 
+using enum DType;
 constexpr Instance kInstances[] = {
-#define BWD(dtype, head_dim, m, n, stages)                                       \
-  {BWD_CONFIG(dtype, head_dim, m, n, stages), "sm90-bwd-" #dtype "-d" #head_dim, \
-   BWD_SYMBOL(dtype, head_dim, m, n, stages)},
+#define BWD(...) {BwdConfig{__VA_ARGS__}, launch<BwdConfig{__VA_ARGS__}>},
 #include "sm90/bwd/instances.def"
 #undef BWD
 };
 
 const Instance& instance_of(const Kernel& kernel) {
-  const Instance* i = kInstances;
-  while (i->name != kernel.info.name) ++i;
-  return *i;
+  return *static_cast<const Instance*>(kernel.instance);
 }
 
 // What no instance does yet, in the caller's words; empty if the problem asks for none of it.
@@ -61,7 +58,7 @@ std::string unbuilt(const Problem& p) {
 
 std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
-  if (std::string why = misfit(p, c.dtype, c.head_dim); !why.empty()) return why;
+  if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim); !why.empty()) return why;
   if (std::string why = unbuilt(p); !why.empty()) return why;
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
   const struct {
@@ -88,32 +85,48 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   return {};
 }
 
-// Where things are in the workspace; offsets in bytes.
-struct Workspace {
-  int64_t m_blocks, lse_log2, delta, bytes;  // the sums of dQ come first
+// How a problem is divided among the blocks of a launch, and where things are in the workspace.
+struct Division {
+  int64_t m_blocks, n_blocks, pairs;  // pairs: of batch and key head
+  int blocks;
+  bool whole_heads;
+  int64_t lse_log2, delta, bytes;  // offsets in bytes; the sums of dQ come first
 
-  Workspace(const BwdConfig& c, const Problem& p) {
+  Division(const BwdConfig& c, const Problem& p) {
     m_blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
+    n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
+    pairs = p.batch * p.num_heads_kv;
+    int const processors = cuda::devices()[p.device_id].multiprocessors;
+    // Worth it while few blocks are left without a head in the last round, and heads are short.
+    double const rounds = static_cast<double>(pairs) / processors;
+    whole_heads = p.deterministic || n_blocks <= 1 ||
+                  (pairs > 0 && rounds / static_cast<double>(ceil_div<int64_t>(pairs, processors)) >
+                                    kWorthWholeHeads);
+    blocks = static_cast<int>(
+        min_of<int64_t>(whole_heads && n_blocks > 0 ? pairs : pairs * n_blocks, processors));
     int64_t const rows = p.batch * p.num_heads_q * m_blocks * c.block_m;
-    lse_log2 = rows * c.head_dim * 4;
+    int64_t const slots =
+        whole_heads ? blocks * (p.num_heads_q / p.num_heads_kv) : p.batch * p.num_heads_q;
+    lse_log2 = slots * m_blocks * c.block_m * c.head_dim * 4;
     delta = lse_log2 + rows * 4;
     bytes = delta + rows * 4;
   }
 };
 
 void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
-  BwdConfig const& c = instance_of(kernel).config;
-  plan.workspace_bytes = static_cast<size_t>(Workspace(c, p).bytes);
+  Division const d(instance_of(kernel).config, p);
+  plan.workspace_bytes = static_cast<size_t>(d.bytes);
   plan.num_splits = 1;
-  plan.deterministic = p.seqlen_k <= c.block_n;  // else key tiles add to dQ in any order
+  plan.deterministic = d.whole_heads;  // else key tiles add to dQ in any order
 }
 
-void launch(const Kernel& kernel, const Problem& p, const Plan&, void* memory, void* stream) {
+void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* memory,
+                    void* stream) {
   Instance const& instance = instance_of(kernel);
   BwdConfig const& c = instance.config;
   if (p.batch == 0) return;
   cuda::DeviceGuard const guard(p.device_id);
-  Workspace const workspace(c, p);
+  Division const d(c, p);
 
   BwdParams params{};
   bool const any_keys = p.seqlen_k > 0, any_rows = p.seqlen_q > 0;
@@ -144,16 +157,16 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void* memory, v
   auto part = [&](int64_t offset) {
     return reinterpret_cast<float*>(static_cast<char*>(memory) + offset);
   };
-  params.dq_sum = p.dq ? part(0) : nullptr;
-  params.lse_log2 = part(workspace.lse_log2);
-  params.delta = part(workspace.delta);
+  params.dq_sum = part(0);
+  params.lse_log2 = part(d.lse_log2);
+  params.delta = part(d.delta);
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
   params.batch = static_cast<int>(p.batch);
   params.heads = static_cast<int>(p.num_heads_q);
   params.seqlen_q = static_cast<int>(p.seqlen_q);
   params.seqlen_k = static_cast<int>(p.seqlen_k);
-  params.m_blocks = static_cast<int>(workspace.m_blocks);
+  params.m_blocks = static_cast<int>(d.m_blocks);
   params.head_dim = static_cast<int>(p.head_dim);
   params.head_dim_v = static_cast<int>(p.head_dim_v);
   params.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
@@ -162,49 +175,55 @@ void launch(const Kernel& kernel, const Problem& p, const Plan&, void* memory, v
   params.window = p.window;
   params.accumulate = p.accumulate;
 
-  int64_t const pairs = p.batch * p.num_heads_kv;
-  int64_t const n_blocks = p.dk || p.dv || p.dq ? ceil_div<int64_t>(p.seqlen_k, c.block_n) : 0;
-  int64_t const tiles = max_of(pairs * n_blocks, p.batch * p.num_heads_q * workspace.m_blocks);
-  if (tiles > INT32_MAX)
+  params.whole_heads = d.whole_heads;
+
+  int64_t const most = max_of(d.pairs * d.n_blocks, p.batch * p.num_heads_q * d.m_blocks);
+  if (most > INT32_MAX)
     throw Failure(FLASHCORE_UNSUPPORTED,
-                  text("[attention_backward] ", tiles, " tiles exceed 2^31 - 1"));
-  int64_t const head_bytes =
-      p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-  int const largest = tile::section_pairs(head_bytes, 1, static_cast<int>(pairs), kL2Budget);
-  params.scheduler = {static_cast<int>(n_blocks), static_cast<int>(p.num_heads_kv),
-                      static_cast<int>(pairs), largest};
-  int const blocks =
-      min_of(params.scheduler.num_tiles(), cuda::devices()[p.device_id].multiprocessors);
-  if (!p.window.open() && params.scheduler.num_tiles() > blocks)
+                  text("[attention_backward] ", most, " tiles exceed 2^31 - 1"));
+  // With no mask, tiles of one head side by side: they read the same queries at the same time. With
+  // one, their costs differ, and what counts is that every block is dealt its share.
+  params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv),
+                      static_cast<int>(d.pairs), 1};
+  if (!p.window.open() && !d.whole_heads) {
+    int64_t const head_bytes =
+        p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+    int const largest = tile::section_pairs(head_bytes, 1, static_cast<int>(d.pairs), kL2Budget);
     params.scheduler.section_pairs =
-        tile::balanced_section(params.scheduler, largest, 1, blocks, [&](int block) {
-          int64_t const key = (n_blocks - 1 - block) * c.block_n;
+        tile::balanced_section(params.scheduler, largest, 1, d.blocks, [&](int block) {
+          int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
           auto const rows = tile::row_blocks(p.window, key, min_of(key + c.block_n, p.seqlen_k),
                                              params.q_offset, p.seqlen_q, c.block_m);
           return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
         });
-  instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));
+  }
+  instance.launch(params, d.blocks, p.device_id, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
 
 std::vector<Kernel> table() {
+  static std::vector<std::string> names;  // rows point into it
+  names.reserve(std::size(kInstances));
   bool const usable = any_hopper();
   std::vector<Kernel> rows;
   for (Instance const& i : kInstances) {
+    BwdConfig const& c = i.config;
+    names.push_back(text("sm90-bwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim, "-",
+                         c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;
     info.direction = FLASHCORE_BACKWARD;
-    info.name = i.name;
+    info.name = names.back().c_str();
     info.backend = "sm90";
     info.isa = "sm_90a";
-    info.dtype = dtype_name(i.config.dtype);
+    info.dtype = dtype_name(c.dtype);
     info.mask = "window";
-    info.head_dim = info.head_dim_v = i.config.head_dim;
-    info.block_m = i.config.block_m;
-    info.block_n = i.config.block_n;
+    info.head_dim = info.head_dim_v = c.head_dim;
+    info.block_m = c.block_m;
+    info.block_n = c.block_n;
     info.usable = usable;
-    rows.push_back({info, refusal, plan, launch});
+    rows.push_back({info, refusal, plan, launch_problem, &i});
   }
   return rows;
 }

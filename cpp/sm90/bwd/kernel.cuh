@@ -25,13 +25,6 @@ struct Kernel {
   using Shared = typename T::Shared;
   using Ring = tile::Ring<T::kStages>;
 
-  // This block's tiles, in its order.
-  template <class Body>
-  FC_DEVICE static void for_each_tile(const BwdParams& p, Body body) {
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x)
-      body(Work<T>(p, index));
-  }
-
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const BwdParams& p, Shared& sh) {
     release_registers<T::kProducerRegs>();
@@ -40,34 +33,49 @@ struct Kernel {
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.dout);
-    uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
-
     Ring ring = Ring::producer();
-    uint32_t kv_parity = 1;
-    for_each_tile(p, [&](const Work<T>& work) {
-      if (work.empty()) return;
-      bool fresh = true;
-      for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
-        int64_t const stats = (int64_t{work.batch} * p.heads + head) * p.m_blocks * T::kBlockM;
-        for (int m = work.first; m < work.last; ++m) {
-          if (fresh) {
-            sh.kv_free.wait(kv_parity);
-            load<T::kBlockN>(sh.k, p.k, sh.k_ready, work.key, work.kv_head, work.batch, once);
-          }
-          sh.free[ring.stage].wait(ring.parity);
-          int64_t const row = stats + int64_t{m} * T::kBlockM;
-          load<T::kBlockM>(sh.q[ring.stage], p.q, sh.q_ready[ring.stage], m * T::kBlockM, head,
-                           work.batch, shared_by_tiles, sh.lse_log2[ring.stage], p.lse_log2 + row);
-          if (fresh)
-            load<T::kBlockN>(sh.v, p.v, sh.v_ready, work.key, work.kv_head, work.batch, once);
-          load<T::kBlockM>(sh.dout[ring.stage], p.dout, sh.dout_ready[ring.stage], m * T::kBlockM,
-                           head, work.batch, shared_by_tiles, sh.delta[ring.stage], p.delta + row);
-          fresh = false;
-          ring.advance();
-        }
+    uint32_t parity = 1;
+    for (int index = 0;; ++index) {
+      Work const work = Work::of(p, index, T::kBlockM, T::kBlockN);
+      sh.k_free.wait(parity);
+      sh.work = work;
+      if (work.key < 0) break;
+      if (work.empty()) {
+        sh.v_free.wait(parity);
+        sh.k_ready.arrive();
+        sh.v_ready.arrive();
+      } else {
+        load_tile(p, sh, work, ring, parity);
       }
-      kv_parity ^= 1;
-    });
+      parity ^= 1;
+    }
+    sh.k_ready.arrive();
+  }
+
+  // K, V and the query blocks in the order in which they are used.
+  FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, const Work& work, Ring& ring,
+                                  uint32_t parity) {
+    uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
+    load<T::kBlockN>(sh.k, p.k, sh.k_ready, work.key, work.kv_head, work.batch, once);
+    bool fresh = true;
+    for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
+      int64_t row = (int64_t{work.batch} * p.heads + head) * p.m_blocks * T::kBlockM;
+      row += work.first * T::kBlockM;
+      for (int m = work.first; m < work.last; ++m, row += T::kBlockM) {
+        int const s = ring.stage;
+        sh.free[s].wait(ring.parity);
+        load<T::kBlockM>(sh.q[s], p.q, sh.q_ready[s], m * T::kBlockM, head, work.batch,
+                         shared_by_tiles, sh.lse_log2[s], p.lse_log2 + row);
+        if (fresh) {
+          sh.v_free.wait(parity);
+          load<T::kBlockN>(sh.v, p.v, sh.v_ready, work.key, work.kv_head, work.batch, once);
+          fresh = false;
+        }
+        load<T::kBlockM>(sh.dout[s], p.dout, sh.dout_ready[s], m * T::kBlockM, head, work.batch,
+                         shared_by_tiles, sh.delta[s], p.delta + row);
+        ring.advance();
+      }
+    }
   }
 
   // kRows x kHeadDim, one box per panel, and the rows' statistics if there are any. Rows and
@@ -89,34 +97,43 @@ struct Kernel {
     claim_registers<T::kConsumerRegs>();
     int const consumer = warpgroup_index() - 1;
     Ring ring = Ring::consumer();
-    uint32_t kv_parity = 0;
-    for_each_tile(p, [&](const Work<T>& work) {
+    for (uint32_t parity = 0;; parity ^= 1) {
+      sh.k_ready.wait(parity);
+      if (sh.work.key < 0) break;
       typename T::GradientTile rdK, rdV;
 #pragma unroll
       for (int i = 0; i < T::kGradientCols / 2; ++i) rdK[i] = rdV[i] = 0.0f;
-      if (!work.empty()) {
-        Consumer<T> const c{p,    sh,  work, consumer, static_cast<int>(threadIdx.x) - 128,
-                            ring, rdK, rdV};
-        std::conditional_t<T::kByKeys, StepsByKeys<T>, StepsByColumns<T>>::run(c, kv_parity);
-        c.release(sh.kv_free);
-        kv_parity ^= 1;
-      }
-      int const key = work.key + (T::kByKeys ? 64 * consumer : 0), keys = p.seqlen_k - key;
-      int const col = T::kByKeys ? 0 : T::kGradientCols * consumer;
-      if (p.dv.data)
-        store_rows<Element>(p.dv, p.accumulate, rdV, 1.0f, work.batch, work.kv_head, key, keys, col,
-                            p.head_dim_v - col);
-      if (p.dk.data)
-        store_rows<Element>(p.dk, p.accumulate, rdK, p.scale, work.batch, work.kv_head, key, keys,
-                            col, p.head_dim - col);
-    });
+      Consumer<T> const c{p, sh, consumer, ring, rdK, rdV};
+      if (sh.work.empty())
+        c.release(sh.v_free);
+      else
+        std::conditional_t<T::kByKeys, StepsByKeys<T>, StepsByColumns<T>>::run(c, parity);
+      Work const work = sh.work;
+      __syncwarp();
+      c.release(sh.k_free);
+      store(p, work, consumer, rdK, rdV);
+    }
+  }
+
+  FC_DEVICE static void store(const BwdParams& p, const Work& work, int consumer,
+                              const typename T::GradientTile& rdK,
+                              const typename T::GradientTile& rdV) {
+    int const key = work.key + (T::kByKeys ? 64 * consumer : 0), keys = p.seqlen_k - key;
+    int const col = T::kByKeys ? 0 : T::kGradientCols * consumer;
+    if (p.dv.data)
+      store_rows<Element>(p.dv, p.accumulate, rdV, 1.0f, work.batch, work.kv_head, key, keys, col,
+                          p.head_dim_v - col);
+    if (p.dk.data)
+      store_rows<Element>(p.dk, p.accumulate, rdK, p.scale, work.batch, work.kv_head, key, keys,
+                          col, p.head_dim - col);
   }
 
   FC_DEVICE static void init_barriers(Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
     sh.k_ready.init(1);
     sh.v_ready.init(1);
-    sh.kv_free.init(kConsumerWarps);
+    sh.k_free.init(kConsumerWarps);
+    sh.v_free.init(kConsumerWarps);
     for (int s = 0; s < T::kStages; ++s) {
       sh.q_ready[s].init(1);
       sh.dout_ready[s].init(1);

@@ -30,7 +30,7 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
     flash_bwd_sm90<T><<<blocks, T::kThreads, kBytes, stream>>>(params);
     cuda::check(cudaGetLastError(), "flash_bwd_sm90");
   }
-  if (params.dq_sum && query_blocks > 0) {
+  if (params.dq.data && !params.whole_heads && query_blocks > 0) {
     flash_bwd_sm90_postprocess<T><<<query_blocks, T::kConsumerThreads, 0, stream>>>(params);
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_postprocess");
   }

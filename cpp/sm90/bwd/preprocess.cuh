@@ -1,10 +1,21 @@
-// What the main kernel needs per query row, and zeros where it adds.
+// What the main kernel needs per query row, and zeros where it adds, or where it never comes.
 #pragma once
 #include "sm90/bwd/dq.cuh"
 
 namespace flashcore::sm90::bwd {
 
 constexpr int kPreprocessThreads = 256;
+
+// True if a key tile visits the query block. Every thread of the block must call it.
+FC_DEVICE bool visited(const BwdParams& p, int batch, int m_block, int block_m, int block_n) {
+  int64_t const q_offset = p.q_offset_tensor ? p.q_offset_tensor[batch] : p.q_offset;
+  bool any = false;
+  for (int n = threadIdx.x; n < p.scheduler.m_blocks; n += kPreprocessThreads) {
+    tile::BlockRange const rows = Work::rows_of(p, n, q_offset, block_m, block_n);
+    any |= rows.first <= m_block && m_block < rows.last;
+  }
+  return __syncthreads_or(any);
+}
 
 // One block of threads takes one query block of one head.
 template <class T>
@@ -36,12 +47,23 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     load(out[i], p.out_ref, row);
     load(dout[i], p.dout_ref, row);
   }
-  if (p.dq_sum) {
-    float4* const sum = reinterpret_cast<float4*>(dq_block<T>(p, batch, head, m_block));
+  if (p.dq.data && !p.whole_heads) {
+    float4* const sum =
+        reinterpret_cast<float4*>(dq_block<T>(p, p.dq_slot(0, batch, head), m_block));
 #pragma unroll
     for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)
       sum[i] = {0.0f, 0.0f, 0.0f, 0.0f};
   }
+  if (p.dq.data && p.whole_heads && !p.accumulate &&
+      !visited(p, batch, m_block, T::kBlockM, T::kBlockN))
+    for (int i = threadIdx.x; i < T::kBlockM * p.head_dim; i += kPreprocessThreads) {
+      int const row = m_block * T::kBlockM + i / p.head_dim, col = i % p.head_dim;
+      if (row >= p.seqlen_q) break;
+      if (p.dq.f32)
+        *row_address<float>(p.dq, batch, head, row, col) = 0.0f;
+      else
+        *row_address<Element>(p.dq, batch, head, row, col) = Element(0.0f);
+    }
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
     float delta = 0.0f;

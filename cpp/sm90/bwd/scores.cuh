@@ -4,9 +4,9 @@
 //
 // lse and delta belong to queries, so here they belong to columns and come from shared memory.
 #pragma once
+#include "sm90/bwd/work.cuh"
 #include "sm90/layout.h"
 #include "sm90/ptx/registers.cuh"
-#include "tile/mask.h"
 
 namespace flashcore::sm90::bwd {
 
@@ -46,14 +46,10 @@ struct KeyPair {
   int first, last;
   int existing;  // 0, 1 or 2 keys
 
-  FC_DEVICE KeyPair(tile::Window w, int j, int64_t q_offset, int seqlen_k) {
-    constexpr int64_t kFar = 1 << 30;  // beyond every row, and no sum of two overflows
-    int64_t const diagonal = j - q_offset;
-    auto clamp = [](int64_t row) { return static_cast<int>(max_of(-kFar, min_of(row, kFar))); };
-    first = clamp(diagonal - w.right);
-    last = clamp(w.left >= tile::Window::kOpen ? kFar : diagonal + w.left + 1);
-    existing = (j < seqlen_k) + (j + 8 < seqlen_k);
-  }
+  FC_DEVICE KeyPair(const Work& work, int key, int seqlen_k)
+      : first(work.window_first + key),
+        last(work.window_last + key),
+        existing((work.key + key < seqlen_k) + (work.key + key + 8 < seqlen_k)) {}
 };
 
 // Entries of the query block that begins at `row` become `value` where the query does not see the

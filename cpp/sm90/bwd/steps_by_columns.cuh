@@ -6,8 +6,8 @@
 //     tensor cores   S(m+1) | dP(m+1) | dV(m) | dK(m) | dQ(m), left | dQ(m), right |
 //     other units                 P(m+1) | dS(m+1) stored           | dQ to memory | meet
 #pragma once
+#include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dq.cuh"
-#include "sm90/bwd/work.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -19,27 +19,25 @@ struct StepsByColumns {
   static constexpr int kDqHalf = T::kDqCols / 2;  // dQ at a time, in columns
   using DqHalf = float[kDqHalf / 2];
 
-  FC_DEVICE static void run(const Consumer& c, uint32_t kv_parity) {
-    KeyPair const keys(c.p.window, c.work.key + 16 * c.warp() + c.lane() / 4, c.work.q_offset,
-                       c.p.seqlen_k);
+  FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
-    c.sh.k_ready.wait(kv_parity);
     issue_s(c, rS);
-    c.sh.v_ready.wait(kv_parity);
+    c.sh.v_ready.wait(parity);
     issue_dp(c, rdP);
     wgmma_wait<1>();
     pin(rS);
-    make_p(c, keys, rS, 0, c.work.first);
+    make_p(c, rS, 0, c.work().first);
     wgmma_wait<0>();
     pin(rdP);
-    make_ds(c, keys, rS, rdP, 0, c.work.first);
+    make_ds(c, rS, rdP, 0, c.work().first);
     meet();
 
     int buffer = 0;
     c.for_each_step([&](auto next, int head, int m) {
-      step<decltype(next)::value>(c, keys, buffer, head, m);
+      step<decltype(next)::value>(c, buffer, head, m);
       buffer ^= 1;
     });
+    c.release(c.sh.v_free);
     pin(c.rdK);
     pin(c.rdV);
   }
@@ -62,20 +60,18 @@ struct StepsByColumns {
   }
 
   // S^T -> P^T, and P to shared memory.
-  FC_DEVICE static void make_p(const Consumer& c, KeyPair const& keys, typename T::ScoreTile& rS,
-                               int buffer, int m) {
-    if (c.work.masked(m)) exclude(rS, keys, m * T::kBlockM + c.index * kQueries, -INFINITY);
+  FC_DEVICE static void make_p(const Consumer& c, typename T::ScoreTile& rS, int buffer, int m) {
+    if (c.work().masked(m)) exclude(rS, c.keys(), m * T::kBlockM + c.index * kQueries, -INFINITY);
     exponentiate(rS, c.sh.lse_log2[c.ring.stage] + c.index * kQueries, c.p.scale_log2);
     typename T::ProbTile rP;
     pack_tile<Element>(rP, rS);
     store_transposed(c.sh.p[buffer], rP, c.warp(), c.index * kQueries / 16);
   }
   // dP^T and P^T -> dS^T, and dS to shared memory.
-  FC_DEVICE static void make_ds(const Consumer& c, KeyPair const& keys,
-                                const typename T::ScoreTile& rP, typename T::ScoreTile& rdP,
-                                int buffer, int m) {
+  FC_DEVICE static void make_ds(const Consumer& c, const typename T::ScoreTile& rP,
+                                typename T::ScoreTile& rdP, int buffer, int m) {
     differentiate(rdP, rP, c.sh.delta[c.ring.stage] + c.index * kQueries);
-    if (c.work.masked(m)) exclude(rdP, keys, m * T::kBlockM + c.index * kQueries, 0.0f);
+    if (c.work().masked(m)) exclude(rdP, c.keys(), m * T::kBlockM + c.index * kQueries, 0.0f);
     typename T::ProbTile rdS;
     pack_tile<Element>(rdS, rdP);
     store_transposed(c.sh.ds[buffer], rdS, c.warp(), c.index * kQueries / 16);
@@ -94,7 +90,7 @@ struct StepsByColumns {
 
   // Query block m of one head, whose P and dS are in `buffer`; with kNext also makes the next ones.
   template <bool kNext>
-  FC_DEVICE static void step(const Consumer& c, KeyPair const& keys, int buffer, int head, int m) {
+  FC_DEVICE static void step(const Consumer& c, int buffer, int head, int m) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
     int const own_panels = c.index * T::kGradientCols / kPanelCols * T::kBlockM * kPanelBytes;
@@ -114,25 +110,24 @@ struct StepsByColumns {
     wgmma_commit();
     issue_dq(c, rdQ0, buffer, 0);
     if constexpr (kNext) {
-      int const next = m + 1 == c.work.last ? c.work.first : m + 1;
+      int const next = m + 1 == c.work().last ? c.work().first : m + 1;
       wgmma_wait<4>();
       pin(rS);
-      make_p(c, keys, rS, buffer ^ 1, next);
+      make_p(c, rS, buffer ^ 1, next);
       wgmma_wait<3>();
       pin(rdP);
-      make_ds(c, keys, rS, rdP, buffer ^ 1, next);
+      make_ds(c, rS, rdP, buffer ^ 1, next);
     }
     issue_dq(c, rdQ1, buffer, 1);
 
-    float* const dq = c.p.dq_sum ? dq_block<T>(c.p, c.work.batch, head, m) : nullptr;
     wgmma_wait<1>();
     pin(rdQ0);
     c.release(sh.free[stage]);
-    if (dq) add_dq<T, 0>(dq, rdQ0, c.thread);
+    put_dq<T, 0>(c.p, c.work(), c.index, head, m, rdQ0);
     wgmma_wait<0>();
     pin(rdQ1);
     meet();  // the next P and dS are there, and these ones may be overwritten
-    if (dq) add_dq<T, kDqHalf / 8>(dq, rdQ1, c.thread);
+    put_dq<T, kDqHalf / 8>(c.p, c.work(), c.index, head, m, rdQ1);
   }
 };
 

@@ -5,8 +5,8 @@
 //     tensor cores   dP(m) | dV(m)     | dK(m)           | dQ(m)   | S(m+1)       |
 //     other units    P(m)  | dS(m)       store dS, meet  |           dQ to memory |
 #pragma once
+#include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dq.cuh"
-#include "sm90/bwd/work.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -15,18 +15,15 @@ struct StepsByKeys {
   using Element = typename T::Element;
   using Consumer = bwd::Consumer<T>;
 
-  FC_DEVICE static void run(const Consumer& c, uint32_t kv_parity) {
+  FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS;
-    KeyPair const keys(c.p.window, c.work.key + 64 * c.index + 16 * c.warp() + c.lane() / 4,
-                       c.work.q_offset, c.p.seqlen_k);
-    c.sh.k_ready.wait(kv_parity);
     score(c, rS);
     wgmma_wait<0>();
     pin(rS);
-    c.sh.v_ready.wait(kv_parity);
+    c.sh.v_ready.wait(parity);
     int buffer = 0;
     c.for_each_step([&](auto next, int head, int m) {
-      step<decltype(next)::value>(c, keys, rS, buffer, head, m);
+      step<decltype(next)::value>(c, rS, buffer, head, m);
       buffer ^= 1;
     });
     pin(c.rdK);
@@ -45,8 +42,8 @@ struct StepsByKeys {
 
   // Query block m of one head, whose S^T is complete; with kNext also the next step's S^T.
   template <bool kNext>
-  FC_DEVICE static void step(const Consumer& c, KeyPair const& keys, typename T::ScoreTile& rS,
-                             int buffer, int head, int m) {
+  FC_DEVICE static void step(const Consumer& c, typename T::ScoreTile& rS, int buffer, int head,
+                             int m) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
     typename T::ScoreTile rdP;
@@ -58,8 +55,8 @@ struct StepsByKeys {
                                                            sh.dout[stage]);
     wgmma_commit();
 
-    bool const masked = c.work.masked(m);
-    if (masked) exclude(rS, keys, m * T::kBlockM, -INFINITY);
+    bool const masked = c.work().masked(m);
+    if (masked) exclude(rS, c.keys(), m * T::kBlockM, -INFINITY);
     exponentiate(rS, sh.lse_log2[stage], c.p.scale_log2);
     pack_tile<Element>(rP, rS);
     wgmma_fence();
@@ -69,7 +66,7 @@ struct StepsByKeys {
     wgmma_wait<1>();  // dP is complete, dV may still be running
     pin(rdP);
     differentiate(rdP, rS, sh.delta[stage]);
-    if (masked) exclude(rdP, keys, m * T::kBlockM, 0.0f);
+    if (masked) exclude(rdP, c.keys(), m * T::kBlockM, 0.0f);
     pack_tile<Element>(rdS, rdP);
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdK, rdS, sh.q[stage]);
@@ -91,6 +88,7 @@ struct StepsByKeys {
 
     wgmma_wait<1>();  // all but dQ
     c.release(sh.free[stage]);
+    if constexpr (!kNext) c.release(sh.v_free);
     if constexpr (kNext) {
       score(c, rS);
       wgmma_wait<1>();  // dQ is complete, S may still be running
@@ -98,7 +96,7 @@ struct StepsByKeys {
       wgmma_wait<0>();
     }
     pin(rdQ);
-    if (c.p.dq_sum) add_dq<T, 0>(dq_block<T>(c.p, c.work.batch, head, m), rdQ, c.thread);
+    put_dq<T, 0>(c.p, c.work(), c.index, head, m, rdQ);
     if constexpr (kNext) {
       wgmma_wait<0>();
       pin(rS);

@@ -2,7 +2,7 @@
 #pragma once
 #include <type_traits>
 
-#include "sm90/bwd/config.h"
+#include "sm90/bwd/work.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -54,7 +54,8 @@ struct Traits {
     alignas(1024) char p[kByKeys ? 1 : 2][kByKeys ? 1024 : kBlockM * kBlockN * 2];
     alignas(128) float lse_log2[kStages][kBlockM];
     alignas(128) float delta[kStages][kBlockM];
-    Barrier k_ready, v_ready, kv_free;
+    Work work;
+    Barrier k_ready, v_ready, k_free, v_free;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);

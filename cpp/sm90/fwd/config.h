@@ -9,12 +9,14 @@
 
 namespace flashcore::sm90::fwd {
 
-enum class Mask : uint8_t { none, causal };  // causal: any window that is open on the left
+enum class Mask : uint8_t { none, causal };  // causal: any window
 
 struct FwdConfig {
   DType dtype;
-  int head_dim;  // of q, k and v, rounded up; the copy engine pads with zeros
+  int head_dim;    // of q and k, rounded up; the copy engine pads with zeros
+  int head_dim_v;  // of v
   Mask mask;
+  bool terms;    // softcap, ALiBi and dropout
   int block_m;   // query rows of a tile: 64 per consumer warpgroup
   int block_n;   // keys of a block
   int stages;    // K and V blocks in flight
@@ -25,7 +27,8 @@ struct FwdConfig {
   constexpr int consumers() const { return block_m / 64; }
   constexpr int threads() const { return 128 * (1 + consumers()); }
   constexpr bool valid() const {
-    return (dtype == DType::f16 || dtype == DType::bf16) && head_dim % 64 == 0 && head_dim <= 256 &&
+    return (dtype == DType::f16 || dtype == DType::bf16) && head_dim % 32 == 0 && head_dim <= 256 &&
+           head_dim_v % 32 == 0 && head_dim_v <= 256 &&
            (block_m == 128 || block_m == 192) && block_n % 16 == 0 && block_n <= 256 &&
            stages >= 2 && (q_stages == 1 || q_stages == 2);
   }
@@ -39,19 +42,36 @@ struct MatrixRef {
 
 struct FwdParams {
   CUtensorMap q, k, v, out;                // (head_dim, seqlen, heads, batch)
-  MatrixRef q_ref, k_ref, v_ref, out_ref;  // the same, for repair.cuh
+  MatrixRef q_ref, k_ref, v_ref, out_ref;  // the same, for ordinary loads and stores
   float* lse;                              // may be null
   int64_t lse_batch_stride, lse_head_stride;
-  float scale;
+  float scale;       // of the scores: the softcap if there is one
   float scale_log2;  // scale * log2(e)
   float headroom;    // by how much a raw score may exceed its row's reference, see softmax.cuh
-  int seqlen_q, seqlen_k;
   int head_dim, head_dim_v;
-  int group;  // query heads per key head
+  int group;           // query heads per key head
+  const float* sinks;  // [heads], may be null
+
+  // Where sequences begin and end; what tile::sequence_of reads.
+  int seqlen_q, seqlen_k;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqlens_q, *seqlens_k;
+  bool top_left, has_q_offset;
   int64_t q_offset;
-  const int32_t* q_offset_tensor;  // [batch]; wins over q_offset when not null
+  const int32_t* q_offset_tensor;
   tile::Window window;
   tile::TileScheduler scheduler;
+
+  // Only kernels with terms look at these.
+  float softcap_inner;        // the true scale / softcap; 0: no softcap
+  const float* alibi_slopes;  // may be null
+  int64_t alibi_batch_stride;
+  uint32_t dropout_threshold;  // 0: no dropout
+  float dropout_scale;
+  uint64_t rng_seed, rng_offset;
+  const int64_t* rng_tensor;  // {seed, offset}; wins over the above when not null
+
+  // Whether a key block may hold rows of another sequence, or of none.
+  FC_HD bool ragged() const { return cu_seqlens_k || seqlens_k; }
 };
 
 // One row of instances.def; its translation unit defines it.

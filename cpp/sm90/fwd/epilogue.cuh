@@ -7,22 +7,21 @@
 namespace flashcore::sm90::fwd {
 
 // Through the staging area, whose rows are this warp's own: the copy engine leaves out the rows and
-// columns past the end.
+// columns past the end of the tensor.
 template <class T>
-FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh,
-                              const typename T::OutputTile& o, int tile_row, int row, int head,
-                              int batch) {
+FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const Work& work,
+                              const typename T::OutputTile& o, int warp_row) {
   using Element = typename T::Element;
   int const lane = threadIdx.x % 32;
   // Lane l addresses row l % 8 of 8x8 matrix l / 8; the matrices are (row half) + 2 * (column
   // half).
   int const matrix = lane / 8;
-  int const staging_row = tile_row + lane % 8 + 8 * (matrix % 2);
+  int const staging_row = warp_row + lane % 8 + 8 * (matrix % 2);
   if (lane == 0) tma_store_wait_read();  // the previous tile's stores have left the staging area
   __syncwarp();
   uint32_t const base = smem_address(sh.o);
 #pragma unroll
-  for (int g = 0; g < T::kHeadDim / 16; ++g) {
+  for (int g = 0; g < T::kHeadDimV / 16; ++g) {
     uint32_t const address = base + (g / 4) * T::kBlockM * kPanelBytes +
                              swizzled_offset(staging_row, (g % 4) * 2 + matrix / 2);
     store_matrix_x4(
@@ -31,13 +30,27 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh,
   }
   fence_async_shared();
   __syncwarp();
-  if (lane == 0) {
+  // The copy engine does not know where a packed sequence ends: there ordinary stores do.
+  bool const cut = p.cu_seqlens_q && work.row + warp_row + 16 > work.seqlen_q;
+  if (lane == 0 && !cut) {
+    int const batch = p.cu_seqlens_q ? 0 : work.batch;
 #pragma unroll
-    for (int panel = 0; panel < T::kPanels; ++panel)
+    for (int panel = 0; panel < T::kPanelsV; ++panel)
       if (panel * kPanelCols < p.head_dim_v)
-        tma_store(p.out, sh.o + (panel * T::kBlockM + tile_row) * kPanelBytes, panel * kPanelCols,
-                  row, head, batch);
+        tma_store(p.out, sh.o + (panel * T::kBlockM + warp_row) * kPanelBytes, panel * kPanelCols,
+                  work.q_begin + work.row + warp_row, work.head, batch);
     tma_store_commit();
+  }
+  int const rows = cut ? work.seqlen_q - work.row - warp_row : 0;  // of the warp's 16
+  auto* const out = static_cast<Element*>(p.out_ref.data) + work.head * p.out_ref.head_stride +
+                    (int64_t{work.q_begin} + work.row + warp_row) * p.out_ref.row_stride;
+  for (int i = lane; i < rows * T::kHeadDimV / 8; i += 32) {  // 16 bytes each
+    int const row = i / (T::kHeadDimV / 8), col = i % (T::kHeadDimV / 8) * 8;
+    if (col < p.head_dim_v)
+      *reinterpret_cast<uint4*>(out + row * p.out_ref.row_stride + col) =
+          *reinterpret_cast<const uint4*>(
+              sh.o + col / kPanelCols * T::kBlockM * kPanelBytes +
+              swizzled_offset(warp_row + row, col % kPanelCols / 8));
   }
   __syncwarp();
 }
@@ -45,36 +58,38 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh,
 // Straight from the registers. The four lanes of a quad hold neighbouring pairs of columns of a
 // row; they exchange them, so that each writes 16 bytes at once.
 template <class T>
-FC_DEVICE void store_o_direct(const FwdParams& p, const typename T::OutputTile& o, int row,
-                              int head, int batch) {
+FC_DEVICE void store_o_direct(const FwdParams& p, const Work& work,
+                              const typename T::OutputTile& o, int warp_row) {
   using Element = typename T::Element;
   int const quad_lane = threadIdx.x % 4;
+  int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    int const i = row + threadIdx.x % 32 / 4 + 8 * r;
-    auto* const out = static_cast<Element*>(p.out_ref.data) + batch * p.out_ref.batch_stride +
-                      head * p.out_ref.head_stride + i * p.out_ref.row_stride + 8 * quad_lane;
+    int const i = work.row + warp_row + threadIdx.x % 32 / 4 + 8 * r;
+    auto* const out = static_cast<Element*>(p.out_ref.data) +
+                      work.batch * p.out_ref.batch_stride + work.head * p.out_ref.head_stride +
+                      (work.q_begin + i) * p.out_ref.row_stride + 8 * quad_lane;
 #pragma unroll
-    for (int c = 0; c < T::kHeadDim / 32; ++c) {  // 32 columns: eight of each lane
+    for (int c = 0; c < T::kHeadDimV / 32; ++c) {  // 32 columns: eight of each lane
       uint32_t x[4];
 #pragma unroll
       for (int g = 0; g < 4; ++g)
         x[g] = pack<Element>(o[16 * c + 4 * g + 2 * r], o[16 * c + 4 * g + 2 * r + 1]);
       quad_transpose(x);
-      if (i < p.seqlen_q && 32 * c + 8 * quad_lane < p.head_dim_v)
+      if (i < rows && 32 * c + 8 * quad_lane < p.head_dim_v)
         *reinterpret_cast<uint4*>(out + 32 * c) = make_uint4(x[0], x[1], x[2], x[3]);
     }
   }
 }
 
-// Writes this warp's 16 rows of O: rows [row, row + 16) of the head, tile_row of the tile.
+// Writes the 16 rows of O from warp_row of the tile, this warp's.
 template <class T>
-FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const typename T::OutputTile& o,
-                       int tile_row, int row, int head, int batch) {
+FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const Work& work,
+                       const typename T::OutputTile& o, int warp_row) {
   if constexpr (T::kStageO)
-    store_o_staged<T>(p, sh, o, tile_row, row, head, batch);
+    store_o_staged<T>(p, sh, work, o, warp_row);
   else
-    store_o_direct<T>(p, o, row, head, batch);
+    store_o_direct<T>(p, work, o, warp_row);
 }
 
 }  // namespace flashcore::sm90::fwd

@@ -20,6 +20,7 @@
 #include "sm90/fwd/epilogue.cuh"
 #include "sm90/fwd/load.cuh"
 #include "sm90/fwd/repair.cuh"
+#include "sm90/fwd/scores.cuh"
 #include "sm90/fwd/softmax.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/fwd/work.cuh"
@@ -33,6 +34,7 @@ struct Kernel {
   using Shared = typename T::Shared;
   using Ring = tile::Ring<T::kStages>;
   using QRing = tile::Ring<T::kQStages>;
+  using Scores = fwd::Scores<T>;
 
   // This block's tiles, in its order.
   template <class Body>
@@ -54,25 +56,29 @@ struct Kernel {
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
     for_each_tile(p, [&](const Work& work) {
-      int const kv_head = work.head / p.group;
+      if (p.cu_seqlens_q && work.row >= work.seqlen_q) return;  // nothing to write either
+      int const kv_head = work.head / p.group, kv_batch = p.cu_seqlens_k ? 0 : work.batch;
       auto load_k = [&](int j) {
         sh.k_free[k.stage].wait(k.parity);
-        load_panels<T, T::kBlockN>(sh.k[k.stage], p.k, sh.k_ready[k.stage], j * T::kBlockN, kv_head,
-                                   work.batch, shared_by_tiles);
+        load_panels<T::kBlockN, T::kPanels>(sh.k[k.stage], p.k, sh.k_ready[k.stage],
+                                            work.k_begin + j * T::kBlockN, kv_head, kv_batch,
+                                            shared_by_tiles);
         k.advance();
       };
       auto load_v = [&](int j) {
         sh.v_free[v.stage].wait(v.parity);
-        load_panels<T, T::kBlockN>(sh.v[v.stage], p.v, sh.v_ready[v.stage], j * T::kBlockN, kv_head,
-                                   work.batch, shared_by_tiles);
+        load_panels<T::kBlockN, T::kPanelsV>(sh.v[v.stage], p.v, sh.v_ready[v.stage],
+                                             work.k_begin + j * T::kBlockN, kv_head, kv_batch,
+                                             shared_by_tiles);
         v.advance();
       };
       int j = work.last - 1;
       if (!work.empty()) load_k(j);
       sh.q_free[q.stage].wait(q.parity);
       sh.work[q.stage] = work;
-      load_panels<T, T::kBlockM>(sh.q[q.stage], p.q, sh.q_ready[q.stage], work.row, work.head,
-                                 work.batch, once);
+      load_panels<T::kBlockM, T::kPanels>(sh.q[q.stage], p.q, sh.q_ready[q.stage],
+                                          work.q_begin + work.row, work.head,
+                                          p.cu_seqlens_q ? 0 : work.batch, once);
       q.advance();
       for (; j > work.first; --j) {  // K runs one block ahead of V, as it is consumed
         load_k(j - 1);
@@ -111,16 +117,19 @@ struct Kernel {
         attend(p, sh, work, sh.q[q.stage] + 64 * consumer * kPanelBytes, sh.q_free[q.stage],
                warp_row + lane / 4, k, v, softmax, rO);
 
-      softmax.finish(rO);
-      if constexpr (T::kMask != Mask::none) probe += finite_probe(rO);
-      store_o<T>(p, sh, rO, warp_row, work.row + warp_row, work.head, work.batch);
+      int const row = work.row + warp_row + lane / 4;
+      bool const valid[2] = {row < work.seqlen_q, row + 8 < work.seqlen_q};
+      softmax.finish(rO, p.scale, T::kTerms ? p.dropout_scale : 1.0f, valid,
+                     p.sinks ? p.sinks + work.head : nullptr);
+      if (T::kMask != Mask::none || p.ragged()) probe += finite_probe(rO);
+      store_o<T>(p, sh, work, rO, warp_row);
       if (p.lse && lane % 4 == 0) {
-        float* const lse = p.lse + work.batch * p.lse_batch_stride + work.head * p.lse_head_stride;
+        float* const lse = p.lse + work.batch * p.lse_batch_stride +
+                           work.head * p.lse_head_stride + work.q_begin;
+        int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int const i = work.row + warp_row + lane / 4 + 8 * r;
-          if (i < p.seqlen_q) lse[i] = softmax.lse(r, p.scale);
-        }
+        for (int r = 0; r < 2; ++r)
+          if (row + 8 * r < rows) lse[row + 8 * r] = softmax.lse[r];
       }
     }
 
@@ -128,8 +137,7 @@ struct Kernel {
       if (lane == 0) tma_store_wait();
       __syncwarp();
       for_each_tile(p, [&](const Work& work) {
-        Repair<T>::rows(p, work.batch, work.head, work.row + warp_row,
-                        Work::q_offset_of(p, work.batch));
+        Repair<T>::rows(p, work, work.row + warp_row);
       });
     }
   }
@@ -140,9 +148,7 @@ struct Kernel {
                                OnlineSoftmax& softmax, typename T::OutputTile& rO) {
     typename T::ScoreTile rS;
     typename T::ProbTile rP;
-    int limit[2];  // one past the last key each row sees
-#pragma unroll
-    for (int r = 0; r < 2; ++r) limit[r] = min_of(p.seqlen_k, work.limit + thread_row + 8 * r);
+    Scores const scores(p, work, thread_row);
 
     // The last block: there is no P V yet to overlap with.
     int j = work.last - 1;
@@ -156,18 +162,22 @@ struct Kernel {
     pin(rS);
     release(sh.k_free[k.stage]);
     k.advance();
-    if (j >= work.last_full) exclude(rS, limit, j);
-    softmax.raise_max(rS, 0);
-    softmax.exponentiate(rS, 0);
-    softmax.raise_max(rS, 1);
-    softmax.exponentiate(rS, 1);
-    to_probabilities(rP, rS);
+    scores.terms.apply(p, rS, j * T::kBlockN);
+    if (work.cut(j)) scores.exclude(work, rS, j);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      softmax.exceeds(rS, r);
+      softmax.raise(r);
+      softmax.exponentiate(rS, r);
+    }
+    scores.to_probabilities(p, rP, rS, j);
 
-    --j;
-    if constexpr (T::kMask != Mask::none)
-      for (; j >= max_of(work.last_full, work.first); --j)
-        step<true>(sh, sQ, k, v, softmax, rS, rP, rO, limit, j);
-    for (; j >= work.first; --j) step<false>(sh, sQ, k, v, softmax, rS, rP, rO, limit, j);
+    for (--j; j >= work.first; --j) {
+      if (T::kMask != Mask::none && work.cut(j))
+        step<true>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, j);
+      else
+        step<false>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, j);
+    }
 
     release(q_free);  // the producer may fetch the next tile's Q over this one
 
@@ -175,7 +185,7 @@ struct Kernel {
     sh.v_ready[v.stage].wait(v.parity);
     pin(rO);
     wgmma_fence();
-    gemm_pb<Element, T::kHeadDim, T::kBlockN>(rO, rP, sh.v[v.stage]);
+    gemm_pb<Element, T::kHeadDimV, T::kBlockN>(rO, rP, sh.v[v.stage]);
     wgmma_commit();
     wgmma_wait<0>();
     pin(rO);
@@ -184,10 +194,11 @@ struct Kernel {
   }
 
   // One key block: S(j) = Q K(j)^T overlaps O += P(j+1) V(j+1), which overlaps softmax(j).
-  template <bool kMasked>
-  FC_DEVICE static void step(Shared& sh, const char* sQ, Ring& k, Ring& v, OnlineSoftmax& softmax,
-                             typename T::ScoreTile& rS, typename T::ProbTile& rP,
-                             typename T::OutputTile& rO, const int (&limit)[2], int j) {
+  template <bool kCut>
+  FC_DEVICE static void step(const FwdParams& p, Shared& sh, const Work& work,
+                             const Scores& scores, const char* sQ, Ring& k, Ring& v,
+                             OnlineSoftmax& softmax, typename T::ScoreTile& rS,
+                             typename T::ProbTile& rP, typename T::OutputTile& rO, int j) {
     sh.k_ready[k.stage].wait(k.parity);
     take_turn();
     wgmma_fence();
@@ -196,7 +207,7 @@ struct Kernel {
     sh.v_ready[v.stage].wait(v.parity);
     pin(rO);
     wgmma_fence();
-    gemm_pb<Element, T::kHeadDim, T::kBlockN>(rO, rP, sh.v[v.stage]);
+    gemm_pb<Element, T::kHeadDimV, T::kBlockN>(rO, rP, sh.v[v.stage]);
     wgmma_commit();
     pass_turn();
 
@@ -204,47 +215,32 @@ struct Kernel {
     pin(rS);
     release(sh.k_free[k.stage]);
     k.advance();
-    if constexpr (kMasked) exclude(rS, limit, j);
-    softmax.raise_max(rS, 0);
+    scores.terms.apply(p, rS, j * T::kBlockN);
+    if constexpr (kCut) scores.exclude(work, rS, j);
+    // Row 0 before, row 1 after the wait for O. The branches matter even where nothing is raised:
+    // without them the compiler would move the wait up to the first exponential, and nothing would
+    // overlap.
+    if (softmax.exceeds(rS, 0)) rescale(rO, 0, softmax.raise(0));
     softmax.exponentiate(rS, 0);
-    softmax.raise_max(rS, 1);
-
-    if constexpr (T::kSplitSoftmax) {
-      // The branch matters even where O is not rescaled: without one the compiler would move the
-      // wait for O up to the start of the exponentials, and nothing would overlap.
-      if (softmax.raised()) {
-        wgmma_wait<0>();
-        pin(rO);
-        softmax.rescale(rO);
-      }
-    } else {
-      softmax.exponentiate(rS, 1);
-      pin(rS);
-    }
+    if (softmax.exceeds(rS, 1, softmax.row_sum[0])) rescale(rO, 1, softmax.raise(1));
     wgmma_wait<0>();
     pin(rO);
     release(sh.v_free[v.stage]);
     v.advance();
-    if constexpr (T::kSplitSoftmax)
-      softmax.exponentiate(rS, 1);
-    else
-      softmax.rescale(rO);
-    to_probabilities(rP, rS);  // only now: P(j+1) V(j+1) was reading rP
+    softmax.exponentiate(rS, 1);
+    scores.to_probabilities(p, rP, rS, j);  // only now: P(j+1) V(j+1) was reading rP
     pin(rP);
   }
 
-  // Scores of keys at or past the row's limit become -inf.
-  FC_DEVICE static void exclude(typename T::ScoreTile& rS, const int (&limit)[2], int j) {
-    int const col = j * T::kBlockN + 2 * (threadIdx.x % 4);
+  // Row r of O, which may still be in the making.
+  FC_DEVICE static void rescale(typename T::OutputTile& rO, int r, float alpha) {
+    wgmma_wait<0>();
+    pin(rO);
 #pragma unroll
-    for (int i = 0; i < T::kBlockN / 2; ++i)
-      if (8 * (i / 4) + i % 2 >= limit[(i / 2) % 2] - col) rS[i] = -INFINITY;
-  }
-
-  FC_DEVICE static void to_probabilities(typename T::ProbTile& rP,
-                                         const typename T::ScoreTile& rS) {
-#pragma unroll
-    for (int i = 0; i < T::kBlockN / 4; ++i) rP[i] = pack<Element>(rS[2 * i], rS[2 * i + 1]);
+    for (int i = 2 * r; i < T::kHeadDimV / 2; i += 4) {
+      rO[i] *= alpha;
+      rO[i + 1] *= alpha;
+    }
   }
 
   // Consumers issue their products in turn, so that one computes its softmax while the tensor cores

@@ -5,13 +5,13 @@
 
 namespace flashcore::sm90::fwd {
 
-// kRows x kHeadDim, one box per panel of 64 columns. Rows and columns past the end become zeros.
-template <class T, int kRows>
+// kRows rows, one box per panel of 64 columns. Rows and columns past the end become zeros.
+template <int kRows, int kPanels>
 FC_DEVICE void load_panels(char* smem, const CUtensorMap& map, Barrier& ready, int row, int head,
                            int batch, uint64_t policy) {
-  ready.arrive_expect(kRows * T::kHeadDim * 2);
+  ready.arrive_expect(kRows * kPanels * kPanelBytes);
 #pragma unroll
-  for (int panel = 0; panel < T::kPanels; ++panel)
+  for (int panel = 0; panel < kPanels; ++panel)
     tma_load(smem + panel * kRows * kPanelBytes, map, ready, panel * kPanelCols, row, head, batch,
              policy);
 }

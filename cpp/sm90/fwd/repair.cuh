@@ -7,9 +7,11 @@
 // per element of O. The repair stands outside the tile loop because branches that differ between
 // warps in there would move the loop's addresses out of the uniform registers (measured: -20 %).
 #pragma once
+#include "sm90/fwd/terms.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/ptx/registers.cuh"
 #include "tile/mask.h"
+#include "tile/seqlen.h"
 
 namespace flashcore::sm90::fwd {
 
@@ -25,66 +27,97 @@ FC_DEVICE float finite_probe(const float (&o)[N]) {
 template <class T>
 struct Repair {
   using Element = typename T::Element;
-  static constexpr int kCols = T::kHeadDim / 32;  // of a lane: lane, lane + 32, ...
 
-  // A row of a (batch, head, row) matrix, shared by the lanes of a warp; zero past its end.
+  // A row of a (batch, head, row) matrix, shared by the lanes of a warp: lane, lane + 32, ...
+  template <int kCols>
   struct Row {
-    float x[kCols];
+    float x[kCols / 32] = {};
   };
-  FC_DEVICE static Element* address(const MatrixRef& m, int batch, int head, int row) {
+  using KRow = Row<T::kHeadDim>;
+  using VRow = Row<T::kHeadDimV>;
+
+  FC_DEVICE static Element* address(const MatrixRef& m, int batch, int head, int64_t row) {
     return static_cast<Element*>(m.data) + batch * m.batch_stride + head * m.head_stride +
            row * m.row_stride + threadIdx.x % 32;
   }
-  FC_DEVICE static Row load(const MatrixRef& m, int batch, int head, int row, int cols) {
+  FC_DEVICE static bool inside(int c, int cols) {
+    return static_cast<int>(threadIdx.x % 32) + 32 * c < cols;
+  }
+  template <class Row>
+  FC_DEVICE static Row load(const MatrixRef& m, int batch, int head, int64_t row, int cols) {
     const Element* const p = address(m, batch, head, row);
     Row r;
 #pragma unroll
-    for (int c = 0; c < kCols; ++c)
-      r.x[c] =
-          static_cast<int>(threadIdx.x % 32) + 32 * c < cols ? static_cast<float>(p[32 * c]) : 0.0f;
+    for (int c = 0; c < static_cast<int>(sizeof(Row) / 4); ++c)
+      if (inside(c, cols)) r.x[c] = static_cast<float>(p[32 * c]);
     return r;
   }
 
-  // One row of O from its definition, over keys [keys.first, keys.last).
-  FC_DEVICE static Row attend(const FwdParams& p, const Row& q, int batch, int kv_head,
-                              tile::KeyRange keys) {
-    Row o = {};
+  // The score and the weight of one pair, as the kernel would have them.
+  FC_DEVICE static float score(const FwdParams& p, const Work& work, float s, int64_t distance) {
+    if constexpr (T::kTerms) {
+      if (p.softcap_inner != 0.0f) s = ScoreTerms::tanh(s * p.softcap_inner);
+      if (p.alibi_slopes)
+        s -= p.alibi_slopes[work.batch * p.alibi_batch_stride + work.head] / p.scale *
+             fabsf(static_cast<float>(distance));
+    }
+    return s;
+  }
+  FC_DEVICE static bool dropped(const FwdParams& p, const Work& work, int i, int j) {
+    if (!T::kTerms || !p.dropout_threshold) return false;
+    return tile::dropout_bits(ScoreTerms::key_of(p), work.batch, work.head, i, j) <
+           p.dropout_threshold;
+  }
+
+  // Row i of O from its definition.
+  FC_DEVICE static VRow attend(const FwdParams& p, const Work& work, const tile::Sequence& seq,
+                               int i) {
+    int const kv_head = work.head / p.group;
+    KRow const q = load<KRow>(p.q_ref, work.batch, work.head, seq.q_begin + i, p.head_dim);
+    tile::KeyRange const keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
+    VRow o;
     float row_max = -INFINITY, row_sum = 0.0f;
-    for (int j = static_cast<int>(keys.first); j < keys.last; ++j) {
-      Row const k = load(p.k_ref, batch, kv_head, j, p.head_dim);
-      Row const v = load(p.v_ref, batch, kv_head, j, p.head_dim_v);
+    for (int64_t j = keys.first; j < keys.last; ++j) {
+      KRow const k = load<KRow>(p.k_ref, work.batch, kv_head, seq.k_begin + j, p.head_dim);
+      VRow const v = load<VRow>(p.v_ref, work.batch, kv_head, seq.k_begin + j, p.head_dim_v);
       float s = 0.0f;
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) s += q.x[c] * k.x[c];
+      for (int c = 0; c < T::kHeadDim / 32; ++c) s += q.x[c] * k.x[c];
 #pragma unroll
       for (int offset = 16; offset; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
+      s = score(p, work, s, i + seq.q_offset - j);
       float const row_max_new = fmaxf(row_max, s);
       float const reference = row_max_new == -INFINITY ? 0.0f : row_max_new * p.scale_log2;
       float const alpha = exp2_approx(row_max * p.scale_log2 - reference);
       float const prob = exp2_approx(s * p.scale_log2 - reference);
       row_max = row_max_new;
       row_sum = row_sum * alpha + prob;
+      float const kept = dropped(p, work, i, static_cast<int>(j)) ? 0.0f : 1.0f;
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) o.x[c] = o.x[c] * alpha + prob * v.x[c];
+      for (int c = 0; c < T::kHeadDimV / 32; ++c)
+        o.x[c] = o.x[c] * alpha + (kept == 0.0f ? 0.0f : prob * v.x[c]);
+    }
+    float factor = T::kTerms ? p.dropout_scale : 1.0f;
+    if (p.sinks) {
+      float const lse = row_max * p.scale + __logf(row_sum), sink = p.sinks[work.head];
+      factor /= 1.0f + __expf(sink - lse);
     }
 #pragma unroll
-    for (float& x : o.x) x = row_sum == 0.0f ? 0.0f : x / row_sum;
+    for (float& x : o.x) x = row_sum == 0.0f ? 0.0f : x / row_sum * factor;
     return o;
   }
 
-  // Rows [row, row + 16) of one head whose output is not finite.
-  FC_DEVICE static void rows(const FwdParams& p, int batch, int head, int row, int64_t q_offset) {
-    for (int i = row; i < min_of(row + 16, p.seqlen_q); ++i) {
-      Row const old = load(p.out_ref, batch, head, i, p.head_dim_v);
+  // Rows [row, row + 16) of the tile's head, those whose output is not finite.
+  FC_DEVICE static void rows(const FwdParams& p, const Work& work, int row) {
+    tile::Sequence const seq = tile::sequence_of(p, work.batch);
+    for (int i = row; i < min_of<int64_t>(row + 16, seq.seqlen_q); ++i) {
+      VRow const old = load<VRow>(p.out_ref, work.batch, work.head, seq.q_begin + i, p.head_dim_v);
       if (!__any_sync(0xffffffffu, !(finite_probe(old.x) == 0.0f))) continue;
-      tile::KeyRange const keys = tile::visible_keys(p.window, i, q_offset, p.seqlen_k);
-      Row const o =
-          attend(p, load(p.q_ref, batch, head, i, p.head_dim), batch, head / p.group, keys);
-      Element* const out = address(p.out_ref, batch, head, i);
+      VRow const o = attend(p, work, seq, i);
+      Element* const out = address(p.out_ref, work.batch, work.head, seq.q_begin + i);
 #pragma unroll
-      for (int c = 0; c < kCols; ++c)
-        if (static_cast<int>(threadIdx.x % 32) + 32 * c < p.head_dim_v)
-          out[32 * c] = static_cast<Element>(o.x[c]);
+      for (int c = 0; c < T::kHeadDimV / 32; ++c)
+        if (inside(c, p.head_dim_v)) out[32 * c] = static_cast<Element>(o.x[c]);
     }
   }
 };

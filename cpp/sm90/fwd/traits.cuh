@@ -15,7 +15,9 @@ struct Traits {
   using Element = std::conditional_t<kConfig.dtype == DType::bf16, __nv_bfloat16, __half>;
 
   static constexpr int kHeadDim = kConfig.head_dim;
-  static constexpr int kPanels = kHeadDim / kPanelCols;
+  static constexpr int kHeadDimV = kConfig.head_dim_v;
+  static constexpr int kPanels = ceil_div(kHeadDim, kPanelCols);
+  static constexpr int kPanelsV = ceil_div(kHeadDimV, kPanelCols);
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
@@ -25,6 +27,7 @@ struct Traits {
   static constexpr int kConsumers = kConfig.consumers();
   static constexpr int kThreads = kConfig.threads();
   static constexpr Mask kMask = kConfig.mask;
+  static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kTurns = kConfig.turns;
 
   // 128 * sum of the three or four must not exceed 65536, and the producer's release must come up
@@ -38,16 +41,18 @@ struct Traits {
   // The wait for O stands between the exponentials of a thread's two rows, and O is rescaled only
   // when a maximum rose by much. At head dim 64 the exponentials are the bottleneck and O is small:
   // there all of them come first.
-  static constexpr bool kSplitSoftmax = kHeadDim > 64;
+  static constexpr bool kSplitSoftmax = kHeadDimV > 64;
 
-  static constexpr int kQBytes = kBlockM * kHeadDim * 2;
-  static constexpr int kKvBytes = kBlockN * kHeadDim * 2;
+  static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
+  static constexpr int kKBytes = kBlockN * kPanels * kPanelBytes;
+  static constexpr int kVBytes = kBlockN * kPanelsV * kPanelBytes;
+  static constexpr int kOBytes = kBlockM * kPanelsV * kPanelBytes;
 
   struct Shared {
     alignas(1024) char q[kQStages][kQBytes];
-    alignas(1024) char o[kStageO ? kQBytes : 1024];
-    alignas(1024) char k[kStages][kKvBytes];
-    alignas(1024) char v[kStages][kKvBytes];
+    alignas(1024) char o[kStageO ? kOBytes : 1024];
+    alignas(1024) char k[kStages][kKBytes];
+    alignas(1024) char v[kStages][kVBytes];
     Work work[kQStages];
     Barrier q_ready[kQStages], q_free[kQStages];
     Barrier k_ready[kStages], k_free[kStages];
@@ -57,7 +62,7 @@ struct Traits {
 
   using ScoreTile = float[kBlockN / 2];    // S: 64 x kBlockN per warpgroup
   using ProbTile = uint32_t[kBlockN / 4];  // P: the same, packed to 16 bits
-  using OutputTile = float[kHeadDim / 2];  // O: 64 x kHeadDim
+  using OutputTile = float[kHeadDimV / 2];  // O: 64 x kHeadDimV
 };
 
 }  // namespace flashcore::sm90::fwd

@@ -4,49 +4,62 @@
 #include "sm90/fwd/config.h"
 #include "sm90/ptx/barrier.cuh"
 #include "tile/block_range.h"
+#include "tile/seqlen.h"
 
 namespace flashcore::sm90::fwd {
 
 struct alignas(16) Work {
-  int row;          // first query row; negative: there is no more work
+  int row;  // first query row, of its sequence; negative: there is no more work
   int head, batch;
-  int first;        // key blocks are [first, last)
-  int last_full;    // [last_full, last) need the mask
+  int q_begin;     // row of the tensor where the sequence begins
+  int seqlen_q;    // of the sequence
+  int first;       // key blocks are [first, last)
+  int first_full;  // [first, first_full) and
+  int last_full;   // [last_full, last) need the mask
   int last;
-  int limit;        // one past the last key row `row` sees; one more for each row after it
-  int reserved;
+  int seqlen_k;
+  int k_begin;
+  int diagonal;     // the key that `row` faces; each row after it faces the next one
+  int window_begin, window_end;  // what of an endless sequence `row` sees; moves on alike
 
   FC_DEVICE bool empty() const { return last <= first; }
+  // Whether the mask leaves out some of key block j.
+  FC_DEVICE bool cut(int j) const { return j >= last_full || j < first_full; }
 
   static FC_DEVICE Work none() { return {-1}; }
 
   static FC_DEVICE Work of(const FwdParams& p, int index, int block_m, int block_n) {
     tile::Tile const tile = p.scheduler.tile(index);
+    tile::Sequence const seq = tile::sequence_of(p, tile.batch);
     int const row = tile.m_block * block_m;
-    int64_t const q_offset = q_offset_of(p, tile.batch);
-    tile::BlockRange const blocks = tile::key_blocks(
-        p.window, row, min_of(row + block_m, p.seqlen_q), q_offset, p.seqlen_k, block_n);
-    int64_t const limit = row + q_offset + p.window.right + 1;
+    tile::BlockRange const blocks =
+        tile::key_blocks(p.window, row, min_of<int64_t>(row + block_m, seq.seqlen_q), seq.q_offset,
+                         seq.seqlen_k, block_n);
+    auto narrow = [](int64_t x) { return static_cast<int>(x); };
+    // Nothing is cut on the left of an open window. Where no block is full, all may be.
+    int64_t const first_full = p.window.left >= tile::Window::kOpen       ? blocks.first
+                               : blocks.first_full == blocks.last_full    ? blocks.last
+                                                                          : blocks.first_full;
     return {row,
             tile.head,
             tile.batch,
-            static_cast<int>(blocks.first),
-            static_cast<int>(blocks.last_full),
-            static_cast<int>(blocks.last),
-            clamp(limit),
-            0};
+            narrow(seq.q_begin),
+            narrow(seq.seqlen_q),
+            narrow(blocks.first),
+            narrow(first_full),
+            narrow(blocks.last_full),
+            narrow(blocks.last),
+            narrow(seq.seqlen_k),
+            narrow(seq.k_begin),
+            far(row + seq.q_offset),
+            far(row + seq.q_offset - p.window.left),
+            far(row + seq.q_offset + p.window.right + 1)};
   }
 
-  // The key that query row 0 faces.
-  static FC_DEVICE int64_t q_offset_of(const FwdParams& p, int batch) {
-    return p.q_offset_tensor ? p.q_offset_tensor[batch] : p.q_offset;
-  }
-
- private:
-  // Into what an int holds with room for the rows of a tile.
-  static FC_DEVICE int clamp(int64_t key) {
-    constexpr int64_t kFar = INT32_MAX - 1024;
-    return static_cast<int>(min_of(kFar, max_of(-kFar, key)));
+  // Within what an int holds with room to spare; dispatch refuses sequences that long.
+  static FC_HD constexpr int far(int64_t keys) {
+    constexpr int64_t kFar = INT32_MAX / 2 - 1024;
+    return static_cast<int>(min_of(kFar, max_of(-kFar, keys)));
   }
 };
 

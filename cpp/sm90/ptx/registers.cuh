@@ -42,6 +42,12 @@ FC_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+FC_DEVICE float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats as one register of 16-bit values: lo in the low half.
 template <class T>
 FC_DEVICE uint32_t pack(float lo, float hi);

@@ -40,6 +40,13 @@ FC_DEVICE void tma_store(const CUtensorMap& map, const void* smem, int col, int 
       "r"(smem_address(smem)), "r"(col), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+// Adds `bytes` contiguous floats from shared memory to global memory; multiples of 16 bytes.
+FC_DEVICE void bulk_reduce_add(float* global, const void* smem, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+      "r"(smem_address(smem)), "r"(bytes)
+      : "memory");
+}
 FC_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until this thread's stores have read their shared memory.
 FC_DEVICE void tma_store_wait_read() {

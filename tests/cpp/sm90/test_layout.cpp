@@ -72,4 +72,27 @@ TEST("a thread's accumulator rows are two, eight apart, and a quad shares them")
     }
 }
 
+TEST("patches of an accumulator, stored transposed, fill a panel of its columns") {
+  for (int columns : {32, 64, 128}) {
+    std::set<uint32_t> written;
+    for (int warp = 0; warp < 4; ++warp)
+      for (int patch = 0; patch < columns / 16; ++patch)
+        for (int reg = 0; reg < 4; ++reg)  // one 8x8 matrix each
+          for (int lane = 0; lane < 32; ++lane)
+            for (int half = 0; half < 2; ++half) {
+              Coord const c = accumulator_coord(32 * warp + lane, 8 * patch + 2 * reg + half);
+              // Transposed, the element of lane l and half h is number l / 4 of row
+              // 2 * (l % 4) + h, whose address lane 8 * reg + that row gives.
+              int const row = 2 * (lane % 4) + half;
+              uint32_t const at =
+                  transposed_patch_offset(warp, 8 * reg + row, patch) + 2 * (lane / 4);
+              CHECK_EQ(at, swizzled_offset(static_cast<uint32_t>(c.col),
+                                           static_cast<uint32_t>(c.row / 8)) +
+                               2 * (c.row % 8));
+              written.insert(at);
+            }
+    CHECK_EQ(static_cast<int>(written.size()), 64 * columns);
+  }
+}
+
 TEST_MAIN()

@@ -219,6 +219,123 @@ void pb_is_exact() {
     }
 }
 
+// C (64 x N) = A B of gemm_ab, or 1 + A^T B of gemm_atb: A is 64 x kDepth, or kDepth x 64.
+template <class T, int N, int kDepth, bool kTransposeA>
+__global__ void run_from_shared(const __grid_constant__ CUtensorMap a,
+                                const __grid_constant__ CUtensorMap b, float* out) {
+  constexpr int kRowsA = kTransposeA ? kDepth : 64, kPanelsA = kTransposeA ? 1 : kDepth / 64;
+  extern __shared__ __align__(1024) char smem[];
+  char* const sA = smem;
+  char* const sB = smem + 64 * kDepth * 2;
+  __shared__ Barrier ready;
+  if (threadIdx.x == 0) {
+    ready.init(1);
+    fence_barrier_init();
+    ready.arrive_expect((64 + N) * kDepth * 2);
+    for (int panel = 0; panel < kPanelsA; ++panel)
+      tma_load(sA + panel * kRowsA * kPanelBytes, a, ready, panel * 64, 0, 0, 0,
+               policy_evict_first());
+    for (int panel = 0; panel < N / 64; ++panel)
+      tma_load(sB + panel * kDepth * kPanelBytes, b, ready, panel * 64, 0, 0, 0,
+               policy_evict_first());
+  }
+  __syncthreads();
+  ready.wait(0);
+  float c[N / 2];
+  for (float& x : c) x = 1.0f;
+  pin(c);
+  wgmma_fence();
+  if constexpr (kTransposeA)
+    gemm_atb<T, N, kDepth>(c, sA, sB);
+  else
+    gemm_ab<T, N, kDepth, 64>(c, sA, sB);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(c);
+  for (int i = 0; i < N / 2; ++i) {
+    Coord const at = accumulator_coord(threadIdx.x, i);
+    out[at.row * N + at.col] = c[i];
+  }
+}
+
+template <class T, int N, int kDepth, bool kTransposeA>
+void from_shared_is_exact() {
+  constexpr int kRowsA = kTransposeA ? kDepth : 64, kColsA = kTransposeA ? 64 : kDepth;
+  auto const a = matrix<T>(kRowsA, kColsA);
+  auto const b = matrix<T>(kDepth, N);
+  DeviceArray<T> const da(a), db(b);
+  DeviceArray<float> out(64 * N);
+  int const bytes = (64 + N) * kDepth * 2;
+  allow_shared(run_from_shared<T, N, kDepth, kTransposeA>, bytes);
+  run_from_shared<T, N, kDepth, kTransposeA>
+      <<<1, 128, bytes>>>(matrix_map(da.data, kRowsA, kColsA, kRowsA),
+                          matrix_map(db.data, kDepth, N, kDepth), out.data);
+  finish();
+  auto const got = out.host();
+  for (int r = 0; r < 64; ++r)
+    for (int c = 0; c < N; ++c) {
+      float want = kTransposeA ? 1 : 0;
+      for (int k = 0; k < kDepth; ++k)
+        want += static_cast<float>(kTransposeA ? a[k * 64 + r] : a[r * kDepth + k]) *
+                static_cast<float>(b[k * N + c]);
+      CHECK_EQ(got[r * N + c], want);
+    }
+}
+
+// ---- ways out of registers
+// ------------------------------------------------------------------------
+
+// A 64 x N accumulator of row * N + column, through store_matrix_x4_transposed.
+template <int N>
+__global__ void store_transposed_tile(uint32_t* raw) {
+  __shared__ __align__(1024) char panel[N * kPanelBytes];
+  int const thread = threadIdx.x;
+  for (int patch = 0; patch < N / 16; ++patch) {
+    uint32_t r[4];
+    for (int i = 0; i < 4; ++i) {
+      Coord const c = accumulator_coord(thread, 8 * patch + 2 * i);
+      r[i] = static_cast<uint32_t>(c.row * N + c.col) | static_cast<uint32_t>(c.row * N + c.col + 1)
+                                                            << 16;
+    }
+    store_matrix_x4_transposed(
+        smem_address(panel) + transposed_patch_offset(thread / 32, thread % 32, patch), r[0], r[1],
+        r[2], r[3]);
+  }
+  __syncthreads();
+  for (int i = thread; i < N * 32; i += 128) raw[i] = reinterpret_cast<uint32_t*>(panel)[i];
+}
+
+// Sums of four ways to add 1 .. 128 * 4 to zeros: twice by threads, twice by the copy engine.
+__global__ void add_floats(float* sums, const float* from) {
+  __shared__ __align__(128) float staging[512];
+  __shared__ Barrier ready;
+  if (threadIdx.x == 0) {
+    ready.init(1);
+    fence_barrier_init();
+    ready.arrive_expect(sizeof staging);
+    bulk_load(staging, from, sizeof staging, ready);
+  }
+  __syncthreads();
+  ready.wait(0);
+  int const i = 4 * threadIdx.x;
+  for (int n = 0; n < 2; ++n)
+    reduce_add_x4(sums + i, staging[i], staging[i + 1], staging[i + 2], staging[i + 3]);
+  fence_async_shared();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < 2; ++n) bulk_reduce_add(sums, staging, sizeof staging);
+    tma_store_commit();
+    tma_store_wait();
+  }
+}
+
+__global__ void transpose_quads(uint32_t* out) {
+  uint32_t x[4];
+  for (int i = 0; i < 4; ++i) x[i] = threadIdx.x * 4 + i;
+  quad_transpose(x);
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = x[i];
+}
+
 // ---- the store path
 // -------------------------------------------------------------------------------
 
@@ -278,6 +395,49 @@ TEST("O += P B is exact for every shape that is generated") {
   pb_is_exact<__half, 128, 128>();
   pb_is_exact<__half, 128, 176>();
   pb_is_exact<__half, 256, 80>();
+}
+
+TEST("C = A B and C += A^T B from shared memory are exact") {
+  from_shared_is_exact<__nv_bfloat16, 64, 64, false>();
+  from_shared_is_exact<__nv_bfloat16, 64, 128, false>();
+  from_shared_is_exact<__nv_bfloat16, 128, 64, true>();
+  from_shared_is_exact<__nv_bfloat16, 128, 128, true>();
+  from_shared_is_exact<__half, 64, 128, false>();
+  from_shared_is_exact<__half, 128, 64, true>();
+}
+
+TEST("an accumulator is stored transposed and swizzled") {
+  constexpr int kCols = 64;
+  DeviceArray<uint32_t> raw(kCols * 32);
+  store_transposed_tile<kCols><<<1, 128>>>(raw.data);
+  finish();
+  auto const got = raw.host();
+  for (uint32_t row = 0; row < 64; ++row)
+    for (uint32_t col = 0; col < kCols; ++col) {
+      uint32_t const byte = swizzled_offset(col, row / 8) + 2 * (row % 8);
+      CHECK_EQ(got[byte / 4] >> (byte % 4 * 8) & 0xFFFF, row * kCols + col);
+    }
+}
+
+TEST("threads and the copy engine add to floats in memory") {
+  std::vector<float> numbers(512);
+  for (int i = 0; i < 512; ++i) numbers[i] = static_cast<float>(i + 1);
+  DeviceArray<float> const from(numbers);
+  DeviceArray<float> sums(std::vector<float>(512, 0.0f));
+  add_floats<<<1, 128>>>(sums.data, from.data);
+  finish();
+  auto const got = sums.host();
+  for (int i = 0; i < 512; ++i) CHECK_EQ(got[i], 4.0f * static_cast<float>(i + 1));
+}
+
+TEST("the lanes of a quad transpose four registers") {
+  DeviceArray<uint32_t> out(128);
+  transpose_quads<<<1, 32>>>(out.data);
+  finish();
+  auto const got = out.host();
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      CHECK_EQ(got[lane * 4 + i], static_cast<uint32_t>((lane / 4 * 4 + i) * 4 + lane % 4));
 }
 
 TEST("the output path stores a tile and nothing past the tensor") {

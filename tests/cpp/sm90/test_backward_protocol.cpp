@@ -1,0 +1,272 @@
+// The barrier protocol of the Hopper backward kernels, as in cpp/sm90/bwd: kernel.cuh,
+// steps_by_keys.cuh, steps_by_columns.cuh.
+#include <initializer_list>
+
+#include "protocol.h"
+#include "tile/pipeline.h"
+
+using namespace protocol;
+using flashcore::tile::Ring;
+
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kNoWork = -2;
+
+template <int kStages>
+struct Backward : Machine {
+  enum BarrierId { k_ready, v_ready, k_free, v_free, met, stages };
+  static constexpr int q_ready(int s) { return stages + s; }
+  static constexpr int dout_ready(int s) { return stages + kStages + s; }
+  static constexpr int free_(int s) { return stages + 2 * kStages + s; }
+  enum BufferId { k, v, work, tiles };
+  static constexpr int q(int s) { return tiles + s; }
+  static constexpr int dout(int s) { return tiles + kStages + s; }
+  // A warp's part of one of the two buffers of dS, or of P.
+  static constexpr int ds(int buffer, int warp) {
+    return tiles + 2 * kStages + buffer * kWarps + warp;
+  }
+  static constexpr int p(int buffer, int warp) { return ds(2 + buffer, warp); }
+
+  static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
+
+  // steps[t]: steps of tile t; may be 0.
+  Backward(bool by_keys, const std::vector<int>& steps) {
+    for (int b = 0; b < stages + 3 * kStages; ++b) {
+      bool const ready = b == k_ready || b == v_ready || (b >= stages && b < free_(0));
+      barriers.emplace_back(ready ? 1 : kWarps);
+    }
+    buffers.resize(ds(4, 0));
+    programs.push_back(producer(steps));
+    for (int w = 0; w < kWarps; ++w) programs.push_back(Warp{by_keys, w, {}, {}}.program(steps));
+  }
+
+  static Program producer(const std::vector<int>& steps) {
+    Program program;
+    auto wait = [&](int barrier, uint32_t parity) {
+      program.push_back({Op::wait, barrier, -1, parity});
+    };
+    auto load = [&](int ready, int buffer, int value) {
+      program.push_back({Op::load, ready, buffer, 0, value});
+    };
+    auto ring = Ring<kStages>::producer();
+    uint32_t parity = 1;
+    for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
+      wait(k_free, parity);
+      program.push_back({Op::write, -1, work, 0, t});
+      if (steps[t] == 0) {
+        wait(v_free, parity);
+        program.push_back({Op::arrive, k_ready});
+        program.push_back({Op::arrive, v_ready});
+        continue;
+      }
+      load(k_ready, k, value(t, 0, 0));
+      for (int i = 0; i < steps[t]; ++i) {
+        wait(free_(ring.stage), ring.parity);
+        load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
+        if (i == 0) {
+          wait(v_free, parity);
+          load(v_ready, v, value(t, 0, 1));
+        }
+        load(dout_ready(ring.stage), dout(ring.stage), value(t, i, 3));
+        ring.advance();
+      }
+    }
+    wait(k_free, parity);
+    program.push_back({Op::write, -1, work, 0, kNoWork});
+    program.push_back({Op::arrive, k_ready});
+    return program;
+  }
+
+  struct Read {
+    int buffer, value;
+  };
+
+  // A consumer warp. Products read from when they are issued until they are waited for.
+  struct Warp {
+    bool by_keys;
+    int index;
+    Program out;
+    Ring<kStages> ring = Ring<kStages>::consumer();
+    uint32_t meetings = 0;
+
+    void wait(int barrier, uint32_t parity) { out.push_back({Op::wait, barrier, -1, parity}); }
+    void arrive(int barrier) { out.push_back({Op::arrive, barrier}); }
+    void begin(const std::vector<Read>& reads) {
+      for (Read const& r : reads) out.push_back({Op::begin_read, -1, r.buffer, 0, r.value});
+    }
+    void end(const std::vector<Read>& reads) {
+      for (Read const& r : reads) out.push_back({Op::end_read, -1, r.buffer});
+    }
+    void write(int buffer, int value) { out.push_back({Op::write, -1, buffer, 0, value}); }
+    void meet() {
+      arrive(met);
+      wait(met, meetings++ % 2);
+    }
+    static std::vector<Read> all(int (*part)(int, int), int buffer, int value) {
+      std::vector<Read> reads;
+      for (int w = 0; w < kWarps; ++w) reads.push_back({part(buffer, w), value});
+      return reads;
+    }
+    static std::vector<Read> join(std::initializer_list<std::vector<Read>> lists) {
+      std::vector<Read> all;
+      for (auto const& list : lists) all.insert(all.end(), list.begin(), list.end());
+      return all;
+    }
+
+    Program program(const std::vector<int>& steps) {
+      uint32_t parity = 0;
+      for (int t = 0;; ++t, parity ^= 1) {
+        bool const last = t == static_cast<int>(steps.size());
+        wait(k_ready, parity);
+        begin({{work, last ? kNoWork : t}});
+        end({{work, 0}});
+        if (last) return out;
+        if (steps[t] == 0)
+          arrive(v_free);
+        else if (by_keys)
+          steps_by_keys(t, steps[t], parity);
+        else
+          steps_by_columns(t, steps[t], parity);
+        arrive(k_free);
+      }
+    }
+
+    void steps_by_keys(int t, int steps, uint32_t parity) {
+      std::vector<Read> const sK{{k, value(t, 0, 0)}}, sV{{v, value(t, 0, 1)}};
+      auto sQ = [&](int i) { return std::vector<Read>{{q(ring.stage), value(t, i, 2)}}; };
+      auto sdO = [&](int i) { return std::vector<Read>{{dout(ring.stage), value(t, i, 3)}}; };
+      auto score = [&](int i) {
+        wait(q_ready(ring.stage), ring.parity);
+        auto const reads = join({sK, sQ(i)});
+        begin(reads);
+        return reads;
+      };
+      end(score(0));
+      wait(v_ready, parity);
+      for (int i = 0; i < steps; ++i) {
+        int const stage = ring.stage, buffer = i % 2;
+        wait(dout_ready(stage), ring.parity);
+        auto const dp = join({sV, sdO(i)}), dv = sdO(i), dk = sQ(i);
+        begin(dp);
+        begin(dv);
+        end(dp);
+        if (i + 1 == steps) arrive(v_free);
+        begin(dk);
+        write(ds(buffer, index), value(t, i, 4));
+        meet();
+        auto const dq = join({sK, all(ds, buffer, value(t, i, 4))});
+        begin(dq);
+        ring.advance();
+        end(dv);
+        end(dk);
+        arrive(free_(stage));
+        if (i + 1 < steps) {
+          auto const s = score(i + 1);
+          end(dq);
+          end(s);
+        } else {
+          end(dq);
+        }
+      }
+    }
+
+    void steps_by_columns(int t, int steps, uint32_t parity) {
+      std::vector<Read> const sK{{k, value(t, 0, 0)}}, sV{{v, value(t, 0, 1)}};
+      std::vector<Read> s, dp;
+      auto issue_s = [&](int i) {
+        wait(q_ready(ring.stage), ring.parity);
+        begin(s = join({sK, {{q(ring.stage), value(t, i, 2)}}}));
+      };
+      auto issue_dp = [&](int i) {
+        wait(dout_ready(ring.stage), ring.parity);
+        begin(dp = join({sV, {{dout(ring.stage), value(t, i, 3)}}}));
+      };
+      auto make = [&](int i) {
+        end(s);
+        write(p(i % 2, index), value(t, i, 5));
+        end(dp);
+        write(ds(i % 2, index), value(t, i, 4));
+      };
+      issue_s(0);
+      wait(v_ready, parity);
+      issue_dp(0);
+      make(0);
+      meet();
+      for (int i = 0; i < steps; ++i) {
+        int const stage = ring.stage, buffer = i % 2;
+        auto const products = join({{{q(stage), value(t, i, 2)}, {dout(stage), value(t, i, 3)}},
+                                    all(p, buffer, value(t, i, 5)),
+                                    all(ds, buffer, value(t, i, 4)),
+                                    sK});
+        auto const right = join({all(ds, buffer, value(t, i, 4)), sK});
+        ring.advance();
+        if (i + 1 < steps) {
+          issue_s(i + 1);
+          issue_dp(i + 1);
+        }
+        begin(products);
+        if (i + 1 < steps) make(i + 1);
+        begin(right);
+        end(products);
+        arrive(free_(stage));
+        end(right);
+        meet();
+      }
+      arrive(v_free);
+    }
+  };
+};
+
+template <int kStages>
+void play(bool by_keys, std::mt19937& random) {
+  for (int trial = 0; trial < 60; ++trial) {
+    std::vector<int> steps(std::uniform_int_distribution<int>(1, 5)(random));
+    for (int& n : steps) n = std::uniform_int_distribution<int>(0, 5)(random);
+    Backward<kStages> machine(by_keys, steps);
+    CHECK(machine.run(random));
+  }
+}
+
+}  // namespace
+
+TEST("no order of events deadlocks, overwrites or reads stale data") {
+  std::mt19937 random(1);
+  for (bool by_keys : {true, false}) {
+    play<2>(by_keys, random);
+    play<3>(by_keys, random);
+  }
+}
+
+TEST("the model notices one buffer of dS instead of two") {
+  std::mt19937 random(2);
+  for (bool by_keys : {true, false})
+    CHECK(caught(
+        [&] {
+          Backward<2> machine(by_keys, {5});
+          for (Program& program : machine.programs)
+            for (Op& op : program)
+              if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
+                op.buffer -= kWarps;
+          return machine;
+        },
+        random));
+}
+
+TEST("the model notices a stage released before dK has read it") {
+  std::mt19937 random(3);
+  CHECK(caught(
+      [] {
+        Backward<2> machine(true, {6});
+        for (size_t a = 1; a < machine.programs.size(); ++a)
+          for (size_t i = 1; i < machine.programs[a].size(); ++i) {
+            Op& op = machine.programs[a][i];
+            Op& earlier = machine.programs[a][i - 1];
+            if (op.kind == Op::arrive && earlier.kind == Op::end_read) std::swap(op, earlier);
+          }
+        return machine;
+      },
+      random));
+}
+
+TEST_MAIN()
