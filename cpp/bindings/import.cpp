@@ -105,16 +105,22 @@ std::string torch_refusal(nb::handle t) {
   return "";
 }
 
+bool grad_is_enabled() {
+  static PyObject* is_grad_enabled = nullptr;  // no initialiser: see Call::read_inputs
+  if (!is_grad_enabled)
+    is_grad_enabled =
+        nb::object(nb::module_::import_("torch").attr("is_grad_enabled")).release().ptr();
+  return is_true(nb::handle(is_grad_enabled)());
+}
+
 void check_torch(const char* call, const char* name, nb::handle t) {
-  if (is_true(t.attr(interned<"requires_grad">())) &&
-      is_true(nb::module_::import_("torch").attr("is_grad_enabled")()))
+  if (is_true(t.attr(interned<"requires_grad">())) && grad_is_enabled())
     refuse_unsupported("[", call, "] ", name,
                        " requires grad, which this function would drop: it is not differentiable. "
                        "Pass ",
                        name,
-                       ".detach() or call under torch.no_grad() and use "
-                       "flashcore.attention_backward; autograd comes with the flashcore.torch "
-                       "adapter, which is not built yet");
+                       ".detach(), or use flashcore.torch.attention, which takes part in "
+                       "autograd");
   if (is_true(t.attr(interned<"is_neg">())()))
     refuse_unsupported("[", call, "] ", name,
                        " has the negative bit set, so its memory holds other values than it shows: "

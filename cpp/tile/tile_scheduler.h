@@ -79,19 +79,20 @@ constexpr double imbalance(const TileScheduler& s, int blocks, Cost cost) {
   return total > 0.0 ? heaviest * blocks / total : 1.0;
 }
 
-// The section size, between half of `largest` and `largest`, that deals most evenly. When sections
-// and blocks are in resonance a block can get twice its share, so an uneven size is not kept.
+// The section size, between an eighth of `largest` and `largest`, that deals most evenly. When
+// sections and blocks are in resonance a block can get twice its share, so an uneven size is not
+// kept; nor is a large one given up for next to nothing.
 template <class Cost>
 constexpr int balanced_section(TileScheduler s, int largest, int group, int blocks, Cost cost) {
-  constexpr double kEven = 1.04;
+  constexpr double kEven = 1.005, kGain = 0.004;
   s.section_pairs = largest;
   int best = largest;
   double least = imbalance(s, blocks, cost);
-  int const step = round_up(max_of(1, largest / 16), group);
-  for (int n = largest - step; n >= max_of(1, largest / 2) && least > kEven; n -= step) {
+  int const step = round_up(max_of(1, largest / 24), group);
+  for (int n = largest - step; n >= max_of(1, largest / 8) && least > kEven; n -= step) {
     s.section_pairs = n;
     double const here = imbalance(s, blocks, cost);
-    if (here < least) {
+    if (here < least - kGain) {
       least = here;
       best = n;
     }

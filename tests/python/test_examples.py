@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
-NEEDS = ("torch", "jax", "cupy")
+NEEDS = ("torch", "jax", "cupy", "transformers")
 
 
 def needs_gpu(script):

@@ -28,9 +28,8 @@ struct FwdConfig {
   constexpr int threads() const { return 128 * (1 + consumers()); }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && head_dim % 32 == 0 && head_dim <= 256 &&
-           head_dim_v % 32 == 0 && head_dim_v <= 256 &&
-           (block_m == 128 || block_m == 192) && block_n % 16 == 0 && block_n <= 256 &&
-           stages >= 2 && (q_stages == 1 || q_stages == 2);
+           head_dim_v % 32 == 0 && head_dim_v <= 256 && (block_m == 128 || block_m == 192) &&
+           block_n % 16 == 0 && block_n <= 256 && stages >= 2 && (q_stages == 1 || q_stages == 2);
   }
 };
 
@@ -53,13 +52,21 @@ struct FwdParams {
   const float* sinks;  // [heads], may be null
 
   // Where sequences begin and end; what tile::sequence_of reads.
+  int batch;
   int seqlen_q, seqlen_k;
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqlens_q, *seqlens_k;
   bool top_left, has_q_offset;
   int64_t q_offset;
   const int32_t* q_offset_tensor;
   tile::Window window;
-  tile::TileScheduler scheduler;
+  tile::TileScheduler scheduler;  // of a packed batch: of one sequence, whose m_blocks it sets
+
+  // The keys in num_splits parts of split_blocks blocks; then results go, in float32 and without
+  // gaps, to [split][batch][head][row] of the workspace, to be merged.
+  int num_splits, split_blocks;
+  float *partial_out, *partial_lse;
+  int64_t partial_rows;  // of one head: the rows of the tensor
+  int partial_heads;     // of one split: all batches' (a packed tensor is one batch)
 
   // Only kernels with terms look at these.
   float softcap_inner;        // the true scale / softcap; 0: no softcap

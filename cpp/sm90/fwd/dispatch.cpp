@@ -5,6 +5,7 @@
 
 #include "common/error.h"
 #include "common/text.h"
+#include "cuda/merge.h"
 #include "sm90/backend.h"
 #include "sm90/fwd/config.h"
 #include "sm90/tensor_map.h"
@@ -52,7 +53,6 @@ std::string unbuilt(const Problem& p) {
   if (p.mask) return refuse("mask is");
   if (p.kv_blocks) return refuse("block_mask is");
   if (p.max_logits) return refuse("max_logits is");
-  if (p.num_splits > 1) return refuse("num_splits > 1 is");
   return {};
 }
 
@@ -73,9 +73,7 @@ std::array<Operand, 4> operands(const Problem& p) {
 }
 
 // What only kernels with terms compute.
-bool has_terms(const Problem& p) {
-  return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
-}
+bool has_terms(const Problem& p) { return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold; }
 
 std::string refusal(const Kernel& kernel, const Problem& p) {
   FwdConfig const& c = instance_of(kernel).config;
@@ -98,13 +96,90 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   return {};
 }
 
-void plan(const Kernel&, const Problem&, Plan& plan) {
-  plan.workspace_bytes = 0;
-  plan.num_splits = 1;
+// The keys of a call in parts, so that few query tiles still fill the GPU.
+struct Split {
+  int count, blocks;  // parts; key blocks of each
+};
+
+Split split_keys(const FwdConfig& c, const Problem& p) {
+  int const key_blocks = max_of(1, static_cast<int>(ceil_div<int64_t>(p.seqlen_k, c.block_n)));
+  auto parts_of = [&](int blocks) { return Split{ceil_div(key_blocks, blocks), blocks}; };
+  if (p.split_size > 0)
+    return parts_of(
+        static_cast<int>(min_of<int64_t>(ceil_div<int64_t>(p.split_size, c.block_n), key_blocks)));
+  if (p.num_splits > 0) return parts_of(ceil_div(key_blocks, min_of(p.num_splits, key_blocks)));
+
+  // Time in key blocks: the launch takes `rounds` of tiles on the multiprocessors, each of some
+  // blocks and an overhead; a merge costs a launch, and reads what the parts wrote.
+  constexpr int kMerge = 8, kFewest = 4;
+  int64_t const tiles = ceil_div<int64_t>(p.seqlen_q, c.block_m) * p.batch * p.num_heads_q;
+  int const sms = cuda::devices()[p.device_id].multiprocessors;
+  Split best{1, key_blocks};
+  if (tiles >= sms || tiles == 0 || p.window.left < tile::Window::kOpen) return best;
+  double least = key_blocks + kTileOverhead;
+  for (int n = 2; n <= key_blocks / kFewest && n <= 2 * sms; ++n) {
+    Split const split = parts_of(ceil_div(key_blocks, n));
+    int64_t const rounds = ceil_div<int64_t>(tiles * split.count, sms);
+    double const time =
+        static_cast<double>(rounds) * (split.blocks + kTileOverhead) + kMerge + 0.1 * split.count;
+    if (time < least) {
+      least = time;
+      best = split;
+    }
+  }
+  return best;
+}
+
+// Rows of the workspace that one split fills.
+int64_t partial_rows(const Problem& p) {
+  return (p.cu_seqlens_q ? p.total_q : p.batch * p.seqlen_q) * p.num_heads_q;
+}
+
+void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
+  Split const split = split_keys(instance_of(kernel).config, p);
+  plan.num_splits = split.count;
+  plan.workspace_bytes =
+      split.count == 1
+          ? 0
+          : static_cast<size_t>(split.count * partial_rows(p) * (p.head_dim_v + 1)) * 4;
   plan.deterministic = true;
 }
 
-void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void*, void* stream) {
+// The tiles there are; for a packed batch a bound.
+int64_t most_tiles(const FwdConfig& c, const Problem& p) {
+  return p.num_heads_q * (p.cu_seqlens_q ? p.total_q / c.block_m + p.batch
+                                         : p.batch * ceil_div<int64_t>(p.seqlen_q, c.block_m));
+}
+
+// In which order they run.
+void schedule(const FwdConfig& c, const Problem& p, int splits, FwdParams& params) {
+  if (most_tiles(c, p) * splits > INT32_MAX)
+    throw Failure(FLASHCORE_UNSUPPORTED,
+                  text("[attention] ", most_tiles(c, p) * splits, " query tiles exceed 2^31 - 1"));
+  int const pairs = static_cast<int>(p.cu_seqlens_q ? p.num_heads_q : p.batch * p.num_heads_q);
+  int const largest = tile::section_pairs(p.seqlen_k * (p.head_dim + p.head_dim_v) * 2,
+                                          params.group, pairs, kL2Budget);
+  tile::TileScheduler& s = params.scheduler;
+  s = {static_cast<int>(ceil_div<int64_t>(p.seqlen_q, c.block_m)), static_cast<int>(p.num_heads_q),
+       pairs, largest};
+  if (c.mask == none) {  // all tiles cost the same: neighbours share K and V, nothing else counts
+    s.section_pairs = params.group;
+  } else if (!p.cu_seqlens_q) {
+    int const sms = cuda::devices()[p.device_id].multiprocessors;
+    tile::Sequence seq{0, 0, p.seqlen_q, p.seqlen_k, p.seqlen_k - p.seqlen_q};
+    if (p.has_q_offset || p.top_left) seq.q_offset = p.has_q_offset ? p.q_offset : 0;
+    if (s.num_tiles() > sms)
+      s.section_pairs = tile::balanced_section(s, largest, params.group, sms, [&](int m_block) {
+        int64_t const row = int64_t{m_block} * c.block_m;
+        auto const keys = tile::key_blocks(p.window, row, min_of(row + c.block_m, p.seqlen_q),
+                                           seq.q_offset, p.seqlen_k, c.block_n);
+        return static_cast<double>(keys.last - keys.first) + kTileOverhead;
+      });
+  }
+}
+
+void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* workspace,
+                    void* stream) {
   Instance const& instance = instance_of(kernel);
   FwdConfig const& c = instance.config;
   if (p.batch == 0 || p.seqlen_q == 0) return;
@@ -142,6 +217,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void*, 
   params.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
   params.sinks = p.sinks;
 
+  params.batch = static_cast<int>(p.batch);
   params.seqlen_q = static_cast<int>(p.seqlen_q);
   params.seqlen_k = static_cast<int>(p.seqlen_k);
   params.cu_seqlens_q = p.cu_seqlens_q;
@@ -163,31 +239,23 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void*, 
   params.rng_offset = p.rng_offset;
   params.rng_tensor = p.rng_tensor;
 
-  int64_t const pairs = p.batch * p.num_heads_q;
-  int64_t const m_blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
-  if (pairs * m_blocks > INT32_MAX)
-    throw Failure(FLASHCORE_UNSUPPORTED,
-                  text("[attention] ", pairs * m_blocks, " query tiles exceed 2^31 - 1"));
-  int64_t const kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2;
-  int const largest =
-      tile::section_pairs(kv_bytes, params.group, static_cast<int>(pairs), kL2Budget);
-  params.scheduler = {static_cast<int>(m_blocks), static_cast<int>(p.num_heads_q),
-                      static_cast<int>(pairs), largest};
-  int const blocks =
-      min_of(params.scheduler.num_tiles(), cuda::devices()[p.device_id].multiprocessors);
-  tile::Sequence longest{0, 0, p.seqlen_q, p.seqlen_k, p.seqlen_k - p.seqlen_q};
-  if (p.has_q_offset || p.top_left) longest.q_offset = p.has_q_offset ? p.q_offset : 0;
-  if (c.mask == none)  // all tiles cost the same: neighbours share K and V, and nothing else counts
-    params.scheduler.section_pairs = params.group;
-  else if (params.scheduler.num_tiles() > blocks)
-    params.scheduler.section_pairs =
-        tile::balanced_section(params.scheduler, largest, params.group, blocks, [&](int m_block) {
-          int64_t const row = int64_t{m_block} * c.block_m;
-          auto const keys = tile::key_blocks(p.window, row, min_of(row + c.block_m, p.seqlen_q),
-                                             longest.q_offset, p.seqlen_k, c.block_n);
-          return static_cast<double>(keys.last - keys.first) + kTileOverhead;
-        });
+  Split const split = split_keys(c, p);
+  params.num_splits = split.count;
+  params.split_blocks = split.blocks;
+  params.partial_out = static_cast<float*>(workspace);
+  params.partial_lse = params.partial_out + split.count * partial_rows(p) * p.head_dim_v;
+  params.partial_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q;
+  params.partial_heads = static_cast<int>((p.cu_seqlens_q ? 1 : p.batch) * p.num_heads_q);
+
+  schedule(c, p, split.count, params);
+  int const blocks = static_cast<int>(min_of<int64_t>(
+      most_tiles(c, p) * split.count, cuda::devices()[p.device_id].multiprocessors));
   instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));
+  if (split.count > 1)
+    cuda::merge_splits(
+        {p.device_id, split.count, p.cu_seqlens_q ? 1 : p.batch, p.num_heads_q, params.partial_rows,
+         p.head_dim_v, params.partial_out, params.partial_lse, p.out, p.lse},
+        static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -200,7 +268,8 @@ std::vector<Kernel> table() {
   for (Instance const& i : kInstances) {
     FwdConfig const& c = i.config;
     const char* const mask = c.mask == none ? "none" : "causal";
-    names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim, c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v), "-", mask,
+    names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
+                         c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v), "-", mask,
                          c.terms ? "-terms" : "", "-", c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;

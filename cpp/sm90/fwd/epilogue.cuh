@@ -48,9 +48,8 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
     int const row = i / (T::kHeadDimV / 8), col = i % (T::kHeadDimV / 8) * 8;
     if (col < p.head_dim_v)
       *reinterpret_cast<uint4*>(out + row * p.out_ref.row_stride + col) =
-          *reinterpret_cast<const uint4*>(
-              sh.o + col / kPanelCols * T::kBlockM * kPanelBytes +
-              swizzled_offset(warp_row + row, col % kPanelCols / 8));
+          *reinterpret_cast<const uint4*>(sh.o + col / kPanelCols * T::kBlockM * kPanelBytes +
+                                          swizzled_offset(warp_row + row, col % kPanelCols / 8));
   }
   __syncwarp();
 }
@@ -58,16 +57,16 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
 // Straight from the registers. The four lanes of a quad hold neighbouring pairs of columns of a
 // row; they exchange them, so that each writes 16 bytes at once.
 template <class T>
-FC_DEVICE void store_o_direct(const FwdParams& p, const Work& work,
-                              const typename T::OutputTile& o, int warp_row) {
+FC_DEVICE void store_o_direct(const FwdParams& p, const Work& work, const typename T::OutputTile& o,
+                              int warp_row) {
   using Element = typename T::Element;
   int const quad_lane = threadIdx.x % 4;
   int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int const i = work.row + warp_row + threadIdx.x % 32 / 4 + 8 * r;
-    auto* const out = static_cast<Element*>(p.out_ref.data) +
-                      work.batch * p.out_ref.batch_stride + work.head * p.out_ref.head_stride +
+    auto* const out = static_cast<Element*>(p.out_ref.data) + work.batch * p.out_ref.batch_stride +
+                      work.head * p.out_ref.head_stride +
                       (work.q_begin + i) * p.out_ref.row_stride + 8 * quad_lane;
 #pragma unroll
     for (int c = 0; c < T::kHeadDimV / 32; ++c) {  // 32 columns: eight of each lane
@@ -82,11 +81,31 @@ FC_DEVICE void store_o_direct(const FwdParams& p, const Work& work,
   }
 }
 
+// The result over part of the keys, float32, to the workspace.
+template <class T>
+FC_DEVICE void store_o_partial(const FwdParams& p, const Work& work,
+                               const typename T::OutputTile& o, int warp_row) {
+  int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int const i = work.row + warp_row + threadIdx.x % 32 / 4 + 8 * r;
+    int const col = 2 * (threadIdx.x % 4);
+    float* const out = p.partial_out + partial_index(p, work, i) * p.head_dim_v + col;
+#pragma unroll
+    for (int c = 0; c < T::kHeadDimV / 8; ++c)
+      if (i < rows && 8 * c + col < p.head_dim_v)
+        *reinterpret_cast<float2*>(out + 8 * c) =
+            make_float2(o[4 * c + 2 * r], o[4 * c + 2 * r + 1]);
+  }
+}
+
 // Writes the 16 rows of O from warp_row of the tile, this warp's.
 template <class T>
 FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const Work& work,
                        const typename T::OutputTile& o, int warp_row) {
-  if constexpr (T::kStageO)
+  if (p.num_splits > 1)
+    store_o_partial<T>(p, work, o, warp_row);
+  else if constexpr (T::kStageO)
     store_o_staged<T>(p, sh, work, o, warp_row);
   else
     store_o_direct<T>(p, work, o, warp_row);

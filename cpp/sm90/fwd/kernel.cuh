@@ -37,11 +37,22 @@ struct Kernel {
   using Scores = fwd::Scores<T>;
 
   // This block's tiles, in its order.
-  template <class Body>
-  FC_DEVICE static void for_each_tile(const FwdParams& p, Body body) {
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles(); index += gridDim.x)
-      body(Work::of(p, index, T::kBlockM, T::kBlockN));
-  }
+  struct Tiles {
+    TileCursor cursor;
+    int index, split;
+
+    FC_DEVICE explicit Tiles(const FwdParams& p)
+        : index(blockIdx.x / p.num_splits), split(blockIdx.x % p.num_splits) {}
+
+    FC_DEVICE bool next(const FwdParams& p, Work& work) {
+      if (!cursor.find(p, index, T::kBlockM)) return false;
+      work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN);
+      split += gridDim.x;
+      index += split / p.num_splits;
+      split %= p.num_splits;
+      return true;
+    }
+  };
 
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const FwdParams& p, Shared& sh) {
@@ -55,37 +66,49 @@ struct Kernel {
 
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
-    for_each_tile(p, [&](const Work& work) {
-      if (p.cu_seqlens_q && work.row >= work.seqlen_q) return;  // nothing to write either
-      int const kv_head = work.head / p.group, kv_batch = p.cu_seqlens_k ? 0 : work.batch;
+    Tiles tiles(p);
+    Work next;
+    bool more = tiles.next(p, next);
+    while (more) {
+      int const kv_head = next.head / p.group, kv_batch = p.cu_seqlens_k ? 0 : next.batch;
+      int const k_begin = next.k_begin, first = next.first;
       auto load_k = [&](int j) {
         sh.k_free[k.stage].wait(k.parity);
         load_panels<T::kBlockN, T::kPanels>(sh.k[k.stage], p.k, sh.k_ready[k.stage],
-                                            work.k_begin + j * T::kBlockN, kv_head, kv_batch,
+                                            k_begin + j * T::kBlockN, kv_head, kv_batch,
                                             shared_by_tiles);
         k.advance();
       };
       auto load_v = [&](int j) {
         sh.v_free[v.stage].wait(v.parity);
         load_panels<T::kBlockN, T::kPanelsV>(sh.v[v.stage], p.v, sh.v_ready[v.stage],
-                                             work.k_begin + j * T::kBlockN, kv_head, kv_batch,
+                                             k_begin + j * T::kBlockN, kv_head, kv_batch,
                                              shared_by_tiles);
         v.advance();
       };
-      int j = work.last - 1;
-      if (!work.empty()) load_k(j);
+      int j = next.last - 1;
+      bool const empty = next.empty();
+      if (!empty) load_k(j);
       sh.q_free[q.stage].wait(q.parity);
-      sh.work[q.stage] = work;
+      sh.work[q.stage] = next;
       load_panels<T::kBlockM, T::kPanels>(sh.q[q.stage], p.q, sh.q_ready[q.stage],
-                                          work.q_begin + work.row, work.head,
-                                          p.cu_seqlens_q ? 0 : work.batch, once);
+                                          next.q_begin + next.row, next.head,
+                                          p.cu_seqlens_q ? 0 : next.batch, once);
       q.advance();
-      for (; j > work.first; --j) {  // K runs one block ahead of V, as it is consumed
+      // K runs one block ahead of V, as it is consumed. Once the consumers have something to do,
+      // there is time to find out what comes next.
+      if (j > first) {
+        load_k(j - 1);
+        load_v(j);
+        --j;
+      }
+      more = tiles.next(p, next);
+      for (; j > first; --j) {
         load_k(j - 1);
         load_v(j);
       }
-      if (!work.empty()) load_v(j);
-    });
+      if (!empty) load_v(j);
+    }
     sh.q_free[q.stage].wait(q.parity);
     sh.work[q.stage] = Work::none();
     sh.q_ready[q.stage].arrive();
@@ -120,26 +143,31 @@ struct Kernel {
       int const row = work.row + warp_row + lane / 4;
       bool const valid[2] = {row < work.seqlen_q, row + 8 < work.seqlen_q};
       softmax.finish(rO, p.scale, T::kTerms ? p.dropout_scale : 1.0f, valid,
-                     p.sinks ? p.sinks + work.head : nullptr);
+                     p.sinks && work.split == 0 ? p.sinks + work.head : nullptr);
       if (T::kMask != Mask::none || p.ragged()) probe += finite_probe(rO);
       store_o<T>(p, sh, work, rO, warp_row);
-      if (p.lse && lane % 4 == 0) {
-        float* const lse = p.lse + work.batch * p.lse_batch_stride +
-                           work.head * p.lse_head_stride + work.q_begin;
-        int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (row + 8 * r < rows) lse[row + 8 * r] = softmax.lse[r];
-      }
+      if (lane % 4 == 0) store_lse(p, work, softmax, row);
     }
 
     if (__any_sync(0xffffffffu, !(probe == 0.0f))) {
       if (lane == 0) tma_store_wait();
       __syncwarp();
-      for_each_tile(p, [&](const Work& work) {
-        Repair<T>::rows(p, work, work.row + warp_row);
-      });
+      Work work;
+      for (Tiles tiles(p); tiles.next(p, work);) Repair<T>::rows(p, work, work.row + warp_row);
     }
+  }
+
+  // row: of the sequence, the first of this thread's two.
+  FC_DEVICE static void store_lse(const FwdParams& p, const Work& work,
+                                  const OnlineSoftmax& softmax, int row) {
+    int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
+    float* const lse = p.num_splits > 1 ? p.partial_lse + partial_index(p, work, 0)
+                       : p.lse          ? p.lse + work.batch * p.lse_batch_stride +
+                                              work.head * p.lse_head_stride + work.q_begin
+                                        : nullptr;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (lse && row + 8 * r < rows) lse[row + 8 * r] = softmax.lse[r];
   }
 
   // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile.
@@ -195,10 +223,10 @@ struct Kernel {
 
   // One key block: S(j) = Q K(j)^T overlaps O += P(j+1) V(j+1), which overlaps softmax(j).
   template <bool kCut>
-  FC_DEVICE static void step(const FwdParams& p, Shared& sh, const Work& work,
-                             const Scores& scores, const char* sQ, Ring& k, Ring& v,
-                             OnlineSoftmax& softmax, typename T::ScoreTile& rS,
-                             typename T::ProbTile& rP, typename T::OutputTile& rO, int j) {
+  FC_DEVICE static void step(const FwdParams& p, Shared& sh, const Work& work, const Scores& scores,
+                             const char* sQ, Ring& k, Ring& v, OnlineSoftmax& softmax,
+                             typename T::ScoreTile& rS, typename T::ProbTile& rP,
+                             typename T::OutputTile& rO, int j) {
     sh.k_ready[k.stage].wait(k.parity);
     take_turn();
     wgmma_fence();

@@ -43,14 +43,18 @@ struct Repair {
   FC_DEVICE static bool inside(int c, int cols) {
     return static_cast<int>(threadIdx.x % 32) + 32 * c < cols;
   }
-  template <class Row>
-  FC_DEVICE static Row load(const MatrixRef& m, int batch, int head, int64_t row, int cols) {
-    const Element* const p = address(m, batch, head, row);
+  // p: this lane's first element.
+  template <class Row, class E>
+  FC_DEVICE static Row load_row(const E* p, int cols) {
     Row r;
 #pragma unroll
     for (int c = 0; c < static_cast<int>(sizeof(Row) / 4); ++c)
       if (inside(c, cols)) r.x[c] = static_cast<float>(p[32 * c]);
     return r;
+  }
+  template <class Row>
+  FC_DEVICE static Row load(const MatrixRef& m, int batch, int head, int64_t row, int cols) {
+    return load_row<Row>(address(m, batch, head, row), cols);
   }
 
   // The score and the weight of one pair, as the kernel would have them.
@@ -74,7 +78,9 @@ struct Repair {
                                int i) {
     int const kv_head = work.head / p.group;
     KRow const q = load<KRow>(p.q_ref, work.batch, work.head, seq.q_begin + i, p.head_dim);
-    tile::KeyRange const keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
+    tile::KeyRange keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
+    int64_t const part = int64_t{p.split_blocks} * T::kBlockN;
+    keys = {max_of(keys.first, work.split * part), min_of(keys.last, (work.split + 1) * part)};
     VRow o;
     float row_max = -INFINITY, row_sum = 0.0f;
     for (int64_t j = keys.first; j < keys.last; ++j) {
@@ -98,7 +104,7 @@ struct Repair {
         o.x[c] = o.x[c] * alpha + (kept == 0.0f ? 0.0f : prob * v.x[c]);
     }
     float factor = T::kTerms ? p.dropout_scale : 1.0f;
-    if (p.sinks) {
+    if (p.sinks && work.split == 0) {
       float const lse = row_max * p.scale + __logf(row_sum), sink = p.sinks[work.head];
       factor /= 1.0f + __expf(sink - lse);
     }
@@ -111,13 +117,22 @@ struct Repair {
   FC_DEVICE static void rows(const FwdParams& p, const Work& work, int row) {
     tile::Sequence const seq = tile::sequence_of(p, work.batch);
     for (int i = row; i < min_of<int64_t>(row + 16, seq.seqlen_q); ++i) {
-      VRow const old = load<VRow>(p.out_ref, work.batch, work.head, seq.q_begin + i, p.head_dim_v);
+      float* const partial = p.partial_out + partial_index(p, work, i) * p.head_dim_v;
+      bool const split = p.num_splits > 1;
+      VRow const old =
+          split ? load_row<VRow>(partial + threadIdx.x % 32, p.head_dim_v)
+                : load<VRow>(p.out_ref, work.batch, work.head, seq.q_begin + i, p.head_dim_v);
       if (!__any_sync(0xffffffffu, !(finite_probe(old.x) == 0.0f))) continue;
       VRow const o = attend(p, work, seq, i);
       Element* const out = address(p.out_ref, work.batch, work.head, seq.q_begin + i);
 #pragma unroll
-      for (int c = 0; c < T::kHeadDimV / 32; ++c)
-        if (inside(c, p.head_dim_v)) out[32 * c] = static_cast<Element>(o.x[c]);
+      for (int c = 0; c < T::kHeadDimV / 32; ++c) {
+        if (!inside(c, p.head_dim_v)) continue;
+        if (split)
+          partial[threadIdx.x % 32 + 32 * c] = o.x[c];
+        else
+          out[32 * c] = static_cast<Element>(o.x[c]);
+      }
     }
   }
 };

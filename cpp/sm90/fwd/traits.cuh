@@ -60,8 +60,8 @@ struct Traits {
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 
-  using ScoreTile = float[kBlockN / 2];    // S: 64 x kBlockN per warpgroup
-  using ProbTile = uint32_t[kBlockN / 4];  // P: the same, packed to 16 bits
+  using ScoreTile = float[kBlockN / 2];     // S: 64 x kBlockN per warpgroup
+  using ProbTile = uint32_t[kBlockN / 4];   // P: the same, packed to 16 bits
   using OutputTile = float[kHeadDimV / 2];  // O: 64 x kHeadDimV
 };
 

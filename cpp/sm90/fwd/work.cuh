@@ -11,6 +11,7 @@ namespace flashcore::sm90::fwd {
 struct alignas(16) Work {
   int row;  // first query row, of its sequence; negative: there is no more work
   int head, batch;
+  int split;       // part of the keys
   int q_begin;     // row of the tensor where the sequence begins
   int seqlen_q;    // of the sequence
   int first;       // key blocks are [first, last)
@@ -19,7 +20,7 @@ struct alignas(16) Work {
   int last;
   int seqlen_k;
   int k_begin;
-  int diagonal;     // the key that `row` faces; each row after it faces the next one
+  int diagonal;                  // the key that `row` faces; each row after it faces the next one
   int window_begin, window_end;  // what of an endless sequence `row` sees; moves on alike
 
   FC_DEVICE bool empty() const { return last <= first; }
@@ -28,8 +29,8 @@ struct alignas(16) Work {
 
   static FC_DEVICE Work none() { return {-1}; }
 
-  static FC_DEVICE Work of(const FwdParams& p, int index, int block_m, int block_n) {
-    tile::Tile const tile = p.scheduler.tile(index);
+  static FC_DEVICE Work of(const FwdParams& p, tile::Tile tile, int split, int block_m,
+                           int block_n) {
     tile::Sequence const seq = tile::sequence_of(p, tile.batch);
     int const row = tile.m_block * block_m;
     tile::BlockRange const blocks =
@@ -37,18 +38,19 @@ struct alignas(16) Work {
                          seq.seqlen_k, block_n);
     auto narrow = [](int64_t x) { return static_cast<int>(x); };
     // Nothing is cut on the left of an open window. Where no block is full, all may be.
-    int64_t const first_full = p.window.left >= tile::Window::kOpen       ? blocks.first
-                               : blocks.first_full == blocks.last_full    ? blocks.last
-                                                                          : blocks.first_full;
+    int64_t const first_full = p.window.left >= tile::Window::kOpen    ? blocks.first
+                               : blocks.first_full == blocks.last_full ? blocks.last
+                                                                       : blocks.first_full;
     return {row,
             tile.head,
             tile.batch,
+            split,
             narrow(seq.q_begin),
             narrow(seq.seqlen_q),
-            narrow(blocks.first),
+            narrow(max_of<int64_t>(blocks.first, int64_t{split} * p.split_blocks)),
             narrow(first_full),
             narrow(blocks.last_full),
-            narrow(blocks.last),
+            narrow(min_of<int64_t>(blocks.last, int64_t{split + 1} * p.split_blocks)),
             narrow(seq.seqlen_k),
             narrow(seq.k_begin),
             far(row + seq.q_offset),
@@ -62,5 +64,41 @@ struct alignas(16) Work {
     return static_cast<int>(min_of(kFar, max_of(-kFar, keys)));
   }
 };
+
+// Finds the tile of an index that only grows. How many tiles a packed sequence has is known on the
+// device alone, so there it walks from sequence to sequence.
+struct TileCursor {
+  tile::Tile tile;
+  int before = 0;  // tiles of the sequences before tile.batch
+
+  // False: there are not that many.
+  FC_DEVICE bool find(const FwdParams& p, int index, int block_m) {
+    if (!p.cu_seqlens_q) {
+      if (index >= p.scheduler.num_tiles()) return false;
+      tile = p.scheduler.tile(index);
+      return true;
+    }
+    tile::TileScheduler s = p.scheduler;
+    for (int b = tile.batch; b < p.batch; ++b) {
+      s.m_blocks = ceil_div(p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b], block_m);
+      if (index - before < s.num_tiles()) {
+        tile = s.tile(index - before);
+        tile.batch = b;
+        // The wave goes on from sequence to sequence.
+        if ((p.batch - 1 - b) * s.num_sections() % 2) tile.m_block = s.m_blocks - 1 - tile.m_block;
+        return true;
+      }
+      before += s.num_tiles();
+    }
+    return false;
+  }
+};
+
+// Row i of the work's sequence among the rows of the workspace.
+FC_DEVICE int64_t partial_index(const FwdParams& p, const Work& work, int i) {
+  int64_t const head = int64_t{work.split} * p.partial_heads +
+                       (p.cu_seqlens_q ? 0 : work.batch) * p.scheduler.heads + work.head;
+  return head * p.partial_rows + work.q_begin + i;
+}
 
 }  // namespace flashcore::sm90::fwd

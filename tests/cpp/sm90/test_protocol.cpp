@@ -10,7 +10,6 @@ namespace {
 template <int kStages, int kQStages>
 struct Forward : Machine {
   int consumers;
-  bool own_staging = kQStages > 1;
 
   static constexpr int q_ready(int s) { return s; }
   static constexpr int q_free(int s) { return kQStages + s; }
@@ -65,6 +64,9 @@ struct Forward : Machine {
       }
       if (blocks[t]) load_v(j);
     }
+    // The Work that ends it.
+    load(q_free(q.stage), q.parity, q_ready(q.stage), q_buffer(q.stage),
+         value(static_cast<int>(blocks.size()), 0, 0));
     return p;
   }
 
@@ -110,16 +112,15 @@ struct Forward : Machine {
           qk_end();
           pv_end();
         }
+        arrive(q_free(q.stage));  // before the last product, which does not need it
         pv_begin(0);
         pv_end();
+      } else {
+        arrive(q_free(q.stage));
       }
-      if (!own_staging) {  // O leaves through Q's rows: they are in use until the store has read
-        begin(q_buffer(q.stage), value(t, 0, 0));
-        end(q_buffer(q.stage));
-      }
-      arrive(q_free(q.stage));
       q.advance();
     }
+    wait(q_ready(q.stage), q.parity);
     return p;
   }
 };

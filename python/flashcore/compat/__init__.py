@@ -1,0 +1,1 @@
+"""The functions of other libraries, on flashcore: one import line changes, the calls stay."""

@@ -1,0 +1,166 @@
+"""flashcore.attention for torch tensors that may need gradients."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import flashcore as fc
+from flashcore.torch import autograd, operators
+
+if TYPE_CHECKING:
+    from flashcore.options import Options
+
+    if sys.version_info >= (3, 11):
+        from typing import Unpack
+    else:
+        from typing_extensions import Unpack
+
+_INT64 = torch.iinfo(torch.int64)
+_autocasts = torch._C._is_any_autocast_enabled
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out_dtype: torch.dtype | str | None = None,
+    return_lse: bool = False,
+    return_max_logits: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """`flashcore.attention` with gradients of q, k, v, bias and sinks, and of out and lse.
+
+    Works in eager mode, under torch.func (grad, vjp, jacrev, vmap), torch.utils.checkpoint,
+    torch.compile(fullgraph=True) and torch.export, on CPU and CUDA tensors. Without a gradient to
+    record it is a call of `flashcore.attention`.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        As for `flashcore.attention`.
+    rng : (int, int) or int64 tensor (2,), optional
+        Seed and offset of dropout. Default: drawn from torch's generator of q's device, so
+        torch.manual_seed, checkpointing and CUDA graphs treat it as any other dropout.
+    out_dtype, return_lse, return_max_logits, **options
+        As for `flashcore.attention`, without out= and stream=: results are new tensors, on the
+        current stream.
+
+    Returns
+    -------
+    Tensor or flashcore.Result
+        As `flashcore.attention`. lse is differentiable, max_logits is not.
+
+    Raises
+    ------
+    ArgumentError, UnsupportedError, DeviceError
+        As `flashcore.attention`. Also UnsupportedError for gradients of alibi_slopes, gradients of
+        gradients, and forward-mode differentiation.
+
+    Notes
+    -----
+    Under torch.autocast q, k and v are cast to its dtype, as for
+    torch.nn.functional.scaled_dot_product_attention; a bias that is not float32 is cast with them.
+
+    Examples
+    --------
+    >>> q = torch.randn(1, 128, 8, 64, requires_grad=True)
+    >>> flashcore.torch.attention(q, q, q, causal=True).sum().backward()
+    """
+    given: dict[str, Any] = options  # type: ignore[assignment]
+    if _autocasts():
+        q, k, v = _autocast(given, q, k, v)
+    bias = sinks = None
+    inputs = [q, k, v]
+    if given:
+        _check(given)
+        if given.get("dropout_p") and given.get("rng") is None:
+            given["rng"] = torch.randint(_INT64.min, _INT64.max, (2,), device=q.device)
+        bias, sinks = given.pop("bias", None), given.pop("sinks", None)
+        inputs += [x for x in (bias, sinks) if x is not None]
+    if out_dtype is not None:
+        out_dtype = _dtype(out_dtype)
+
+    call: Any = operators.attention
+    if autograd.recorded(inputs):
+        _check_tensors(q=q, k=k, v=v, bias=bias, sinks=sinks)
+    elif autograd.transformed() or autograd.require_grad(inputs):
+        call = autograd.attention
+    else:
+        if bias is not None or sinks is not None:
+            given.update(bias=bias, sinks=sinks)
+        return fc.attention(
+            q,
+            k,
+            v,
+            out_dtype=out_dtype,
+            return_lse=return_lse,
+            return_max_logits=return_max_logits,
+            **given,
+        )
+    out, lse, max_logits = call(q, k, v, bias, sinks, given, return_max_logits, out_dtype)
+    if not return_lse and not return_max_logits:
+        return out
+    return fc.Result(out, lse if return_lse else None, max_logits if return_max_logits else None)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> fc.Plan:
+    """`flashcore.explain` for tensors that may require grad."""
+    with torch.no_grad():
+        return fc.explain(q, k, v, **options)
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and (x is not None or name in "qkv"):
+            raise fc.ArgumentTypeError(
+                f"[attention] {name} must be a torch tensor, got {type(x).__module__}."
+                f"{type(x).__name__}: flashcore.attention takes the arrays of other frameworks"
+            )
+
+
+def _autocast(options: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:  # float64 and what is no number with a fraction stay
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    bias = options.get("bias")
+    if bias is not None and bias.dtype != torch.float32:
+        options["bias"] = cast(bias)
+    return tuple(cast(x) for x in tensors)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """What the core cannot see or would say in other words."""
+    for name in ("out", "stream"):
+        if options.pop(name, None) is not None:
+            raise fc.UnsupportedError(
+                f"[attention] {name}= is not an option of flashcore.torch.attention, whose result "
+                "is a new tensor on the current stream: use torch.cuda.stream, or "
+                "flashcore.attention under torch.no_grad()"
+            )
+    for name, x in options.items():
+        if name in ("bias", "sinks") or not isinstance(x, Tensor):
+            continue
+        if x.requires_grad and torch.is_grad_enabled():
+            raise fc.UnsupportedError(
+                f"[attention] {name} requires grad, but only q, k, v, bias and sinks have one: "
+                f"pass {name}.detach(), or a learned bias="
+            )
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise fc.ArgumentTypeError(
+            f"[attention] out_dtype must be None, a torch dtype or its name, got {dtype!r}"
+        )
+    return found
