@@ -1,9 +1,10 @@
-"""`python -m benchmarks gpu`: the forward pass beside cuDNN and FlashAttention, in one process.
+"""`python -m benchmarks gpu`: attention beside cuDNN and FlashAttention, in one process.
 
 Peers take turns, two calls a round, in an order that rotates; a write of 400 MB before every call
-empties the L2 cache and hides the time to launch. CUDA events, median over all calls. Under a power
-limit the clock moves by ten percent within minutes: taking turns lets every peer see the same
-clock, so compare within a row, not between files.
+empties the L2 cache and hides the time to launch (autograd takes longer: there the GPU pauses too).
+CUDA events, median over all calls. Under a power limit the clock moves by ten percent within
+minutes: taking turns lets every peer see the same clock, so compare within a row, not between
+files.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from benchmarks.problems import Problem, gpu_grid, gpu_more
 
 FLUSH_BYTES = 400_000_000
 CALLS_PER_TURN = 2
+PAUSE = {"fwd": 0, "bwd": 200_000}  # clocks of the GPU after the write
 OURS = "flashcore"
+NAMES = {"fwd": "forward", "bwd": "backward"}
 
 Cell = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", choices=("grid", "more"), default="grid", help="which problems")
+    parser.add_argument("--direction", choices=("fwd", "bwd"), default="fwd")
     parser.add_argument("--quick", action="store_true", help="12 cells of the grid, 10 rounds")
     parser.add_argument("--rounds", type=int, default=0, help="default 14: 28 calls of each peer")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DEFAULT_PEERS))
@@ -52,12 +56,13 @@ def run(options: argparse.Namespace) -> None:
     ceilings = [matmul_tflops(torch, flush)]
     cells: list[Cell] = []
     for p in problems:
-        rows = measure(torch, p, options.peers, rounds, flush, meter)
+        rows = measure(torch, p, options.direction, options.peers, rounds, flush, meter)
         cells += rows
         print(line(p, rows), flush=True)
     ceilings.append(matmul_tflops(torch, flush))
     result = {
         "device": device,
+        "direction": options.direction,
         "driver": nvidia_smi("driver_version"),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
@@ -67,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
         "cells": cells,
     }
     meter.close()
-    name = "forward_quick" if options.quick else f"forward_{options.set}"
+    name = f"{NAMES[options.direction]}_{'quick' if options.quick else options.set}"
     folder = options.out or Path("benchmarks/results") / device.split()[-1].lower()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
@@ -82,15 +87,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(
-    torch: Any, p: Problem, peers: list[str], rounds: int, flush: Any, meter: Meter
+    torch: Any,
+    p: Problem,
+    direction: str,
+    peers: list[str],
+    rounds: int,
+    flush: Any,
+    meter: Meter,
 ) -> list[Cell]:
     x = Inputs(torch, p)
     calls: dict[str, Call] = {}
     refusals: dict[str, str] = {}
     for name in peers:
         try:
-            calls[name] = PEERS[name](p, x)
-            check(torch, p, x, calls[name]())
+            calls[name] = PEERS[name](p, x, direction)
+            check(torch, p, x, calls[name](), direction)
         except Unavailable as reason:
             calls.pop(name, None)
             refusals[name] = str(reason)
@@ -98,23 +109,23 @@ def measure(
             calls.pop(name, None)
             refusals[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     began = time.monotonic()
-    microseconds = take_turns(torch, calls, rounds, flush)
+    microseconds = take_turns(torch, calls, rounds, flush, PAUSE[direction])
     power, clock = meter.since(began)
     cells = []
     for name in peers:
-        cell: Cell = {"cell": p.cell, "direction": "fwd", "peer": name}
+        cell: Cell = {"cell": p.cell, "direction": direction, "peer": name}
         if name in refusals:
             cell["refusal"] = refusals[name]
         else:
             us = median(microseconds[name])
-            cell |= {"us": round(us, 2), "tflops": round(p.flops() / us * 1e-6, 1)}
+            cell |= {"us": round(us, 2), "tflops": round(p.flops(direction) / us * 1e-6, 1)}
             cell |= {"watts": power, "mhz": clock}
         cells.append(cell)
     return cells
 
 
 def take_turns(
-    torch: Any, calls: dict[str, Call], rounds: int, flush: Any
+    torch: Any, calls: dict[str, Call], rounds: int, flush: Any, pause: int = 0
 ) -> dict[str, list[float]]:
     """Microseconds of every call. The first round warms up and is not counted."""
     names = list(calls)
@@ -125,6 +136,8 @@ def take_turns(
             name = names[(i + turn) % len(names)]
             for _ in range(CALLS_PER_TURN):
                 flush.fill_(turn % 100)
+                if pause:
+                    torch.cuda._sleep(pause)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 calls[name]()
@@ -137,37 +150,50 @@ def take_turns(
     return times
 
 
-def check(torch: Any, p: Problem, x: Inputs, out: Any) -> None:
-    """The timed call itself, on its last head (and last document), against the definition.
+def check(torch: Any, p: Problem, x: Inputs, got: Any, direction: str = "fwd") -> None:
+    """The timed call itself, on the heads of its last key head (of its last document).
 
-    Passes when its error is at most twice that of plain attention in the same dtype.
+    Passes when its errors are at most twice those of plain attention in the same dtype: three times
+    for gradients, whose sums are longer.
     """
     group = p.num_heads // p.heads_kv
-    if p.lengths:
-        rows = slice(sum(p.lengths) - p.lengths[-1], None)
-        q, got = x.q[rows, -1], out[rows, -1]
-        k, v = x.k[rows, -1], x.v[rows, -1]
-    else:
-        q, got, k, v = x.q[-1, :, -1], out[-1, :, -1], x.k[-1, :, -1], x.v[-1, :, -1]
-    assert group * p.heads_kv == p.num_heads
-    i = torch.arange(q.shape[0], device="cuda")[:, None] + k.shape[0] - q.shape[0]
-    j = torch.arange(k.shape[0], device="cuda")[None, :]
-    hidden = torch.zeros((q.shape[0], k.shape[0]), dtype=torch.bool, device="cuda")
-    if p.causal or p.window:
-        hidden |= j > i
+    rows = slice(-p.lengths[-1], None) if p.lengths else -1
+
+    def part(t: Any, heads: int) -> Any:  # (heads, S, D)
+        return t[rows, ..., -heads:, :].transpose(-2, -3)
+
+    inputs = [part(x.q, group), part(x.k, 1), part(x.v, 1), part(x.dout, group)]
+    exact = definition(torch, p, direction, torch.float64, *inputs)
+    plain = definition(torch, p, direction, x.q.dtype, *inputs)
+    factor = 2 if direction == "fwd" else 3
+    results = {"out": got} if direction == "fwd" else dict(zip(("dq", "dk", "dv"), got))
+    for (name, g), e, same in zip(results.items(), exact, plain):
+        allowed = (factor * (same - e).abs().max() + 1e-5).item()
+        error = (part(g, e.shape[0]).double() - e).abs().max().item()
+        if not error <= allowed:
+            raise Unavailable(f"WRONG {name}: error {error:.1e}, allowed {allowed:.1e}")
+
+
+def definition(
+    torch: Any, p: Problem, direction: str, dtype: Any, q: Any, k: Any, v: Any, dout: Any
+) -> tuple[Any, ...]:
+    """(out,) or (dq, dk, dv) of (heads, S, D) tensors; products have operands of this dtype."""
+    q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
+    scale = p.head_dim**-0.5
+    diagonal = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
+    j = torch.arange(k.shape[1], device=q.device)[None, :]
+    hidden = (j > diagonal) & bool(p.causal or p.window)
     if p.window:
-        hidden |= j < i - p.window
-
-    def attention(dtype: Any) -> Any:
-        s = (q.to(dtype) @ k.to(dtype).T).double() * p.head_dim**-0.5
-        weights = torch.softmax(s.masked_fill(hidden, float("-inf")), dim=-1)
-        return (weights.to(dtype) @ v.to(dtype)).double()
-
-    exact = attention(torch.float64)
-    allowed = 2 * (attention(q.dtype) - exact).abs().max() + 1e-5
-    error = (got.double() - exact).abs().max()
-    if not error <= allowed:
-        raise Unavailable(f"WRONG: error {error.item():.1e}, allowed {allowed.item():.1e}")
+        hidden |= j < diagonal - p.window
+    s = (q @ k.mT).double() * scale
+    weights = torch.softmax(s.masked_fill_(hidden, float("-inf")), dim=-1)
+    out = weights.to(dtype) @ v
+    if direction == "fwd":
+        return (out.double(),)
+    delta = (out.double() * dout.double()).sum(-1, keepdim=True)
+    ds = (weights * ((dout @ v.mT).double() - delta) * scale).to(dtype)
+    dk, dv = ds.mT @ q, weights.to(dtype).mT @ dout
+    return (ds @ k).double(), dk.double().sum(0, keepdim=True), dv.double().sum(0, keepdim=True)
 
 
 def matmul_tflops(torch: Any, flush: Any) -> float:
@@ -254,7 +280,7 @@ def markdown(result: dict[str, Any]) -> str:
     low, high = min(result["matmul_tflops"]), max(result["matmul_tflops"])
     ceiling = (low + high) / 2
     lines = [
-        f"# Forward on {result['device']}",
+        f"# {NAMES[result['direction']].capitalize()} on {result['device']}",
         "",
         f"Driver {result['driver']}, torch {result['torch']}, cuDNN {result['cudnn']}, commit "
         f"{result['commit']}. TFLOP/s, median of {CALLS_PER_TURN * result['rounds']} calls that "

@@ -1,8 +1,8 @@
 """The CUDA libraries that are measured, on torch tensors (B, S, H, D) that are already there.
 
-prepare(problem, inputs) returns a function of no arguments that enqueues the work and returns the
-output as (B, S, H, D), or packed. A peer that is missing or does not offer a case raises
-Unavailable with the reason.
+prepare(problem, inputs, direction) returns a function of no arguments that enqueues the work and
+returns out, or dq, dk and dv, as (B, S, H, D), or packed. A peer that is missing or does not offer
+a case raises Unavailable with the reason.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from benchmarks.peers_cpu import Unavailable, need
 from benchmarks.problems import Problem
 
 Call = Callable[[], Any]
+Prepare = Callable[..., Call]  # (problem, inputs, direction)
 
 
 class Inputs:
-    """q, k, v of one problem, N(0, 1), and the cumulative lengths of packed documents."""
+    """q, k, v, dout of one problem, N(0, 1), and the cumulative lengths of packed documents."""
 
     def __init__(self, torch: Any, p: Problem) -> None:
         generator = torch.Generator(device="cuda").manual_seed(0)
@@ -33,13 +34,14 @@ class Inputs:
         self.q = normal(p.seqlen_q, p.num_heads)
         self.k = normal(p.seqlen_k, p.heads_kv)
         self.v = normal(p.seqlen_k, p.heads_kv)
+        self.dout = normal(p.seqlen_q, p.num_heads)
         self.cu_seqlens = None
         if p.lengths:
             starts = [sum(p.lengths[:i]) for i in range(len(p.lengths) + 1)]
             self.cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="cuda")
 
 
-def flashcore(p: Problem, x: Inputs) -> Call:
+def flashcore(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
     fc = need("flashcore")
     options: dict[str, Any] = {"causal": p.causal}
     if p.window:
@@ -47,51 +49,91 @@ def flashcore(p: Problem, x: Inputs) -> Call:
     if p.lengths:
         options |= {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens}
         options |= {"max_seqlen_q": p.seqlen_q, "max_seqlen_k": p.seqlen_k}
+
+    def forward() -> Any:
+        return fc.attention(x.q, x.k, x.v, **options, return_lse=True)
+
+    def backward() -> Any:
+        out, lse, _ = saved
+        return fc.attention_backward(x.dout, x.q, x.k, x.v, out, lse, **options)[:3]
+
     try:
-        fc.attention(x.q, x.k, x.v, **options, return_lse=True)
+        saved = forward()
+        if direction == "bwd":
+            backward()
     except fc.UnsupportedError as error:
         raise Unavailable(f"refused: {last_line(error)}") from error
-    return lambda: fc.attention(x.q, x.k, x.v, **options, return_lse=True)[0]
+    return (lambda: forward()[0]) if direction == "fwd" else backward
 
 
 def last_line(error: Exception) -> str:
     return str(error).splitlines()[-1].strip()
 
 
-def sdpa(backend: str) -> Callable[[Problem, Inputs], Call]:
-    """torch's scaled_dot_product_attention, pinned to one backend, storing lse as in training."""
+def torch_function(function: Callable[..., Any], x: Inputs, direction: str) -> Call:
+    """function(q, k, v) -> out: itself, or what autograd makes of it.
 
-    def prepare(p: Problem, x: Inputs) -> Call:
+    Its inputs require grad in both directions: then it stores lse, as flashcore is asked to.
+    """
+    torch = need("torch")
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    try:
+        out = function(*leaves)
+        if direction == "fwd":
+            return lambda: function(*leaves)
+        backward: Call = lambda: torch.autograd.grad(out, leaves, x.dout, retain_graph=True)
+        backward()
+    except RuntimeError as error:
+        raise Unavailable(f"no kernel: {last_line(error)[:80]}") from error
+    return backward
+
+
+def sdpa(backend: str) -> Prepare:
+    """torch's scaled_dot_product_attention, pinned to one backend."""
+
+    def prepare(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
         torch = need("torch")
         attention = importlib.import_module("torch.nn.attention")
         if p.lengths or p.window:
-            raise Unavailable("not offered by torch's public function")
+            raise Unavailable("torch's public function has neither packed sequences nor a window")
         if p.causal and p.seqlen_q != p.seqlen_k:
             raise Unavailable("its causal mask has another alignment")
         chosen = getattr(attention.SDPBackend, backend)
-        # requires_grad makes the kernel store lse, which flashcore is asked for too.
-        q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in (x.q, x.k, x.v))
         gqa = p.heads_kv != p.num_heads
 
-        def run() -> Any:
+        def function(q: Any, k: Any, v: Any) -> Any:
             with attention.sdpa_kernel(chosen):
                 return torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=p.causal, enable_gqa=gqa
+                    *(t.transpose(1, 2) for t in (q, k, v)), is_causal=p.causal, enable_gqa=gqa
                 ).transpose(1, 2)
 
-        try:
-            run()
-        except RuntimeError as error:
-            raise Unavailable(f"no kernel: {last_line(error)[:80]}") from error
-        return run
+        return torch_function(function, x, direction)
 
     return prepare
 
 
-def fa3(p: Problem, x: Inputs) -> Call:
+def fa2(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
+    """FlashAttention-2 as torch holds it; packed sequences and windows by the operator itself."""
+    if not (p.lengths or p.window):
+        return sdpa("FLASH_ATTENTION")(p, x, direction)
+    operator = need("torch").ops.aten._flash_attention_forward
+    cu, window = x.cu_seqlens, {}
+    if p.window:
+        window = {"window_size_left": p.window, "window_size_right": 0}
+
+    def function(q: Any, k: Any, v: Any) -> Any:
+        longest = p.seqlen_q, p.seqlen_k
+        return operator(q, k, v, cu, cu, *longest, 0.0, p.causal, False, **window)[0]
+
+    return torch_function(function, x, direction)
+
+
+def fa3(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
     """The forward kernels of FlashAttention-3, from the fa3-fwd wheel."""
     need("fa3_fwd")
     interface = need("fa3_fwd_interface")
+    if direction == "bwd":
+        raise Unavailable("the wheel holds forward kernels only")
     if p.dtype != "bfloat16":
         raise Unavailable("the wheel holds bfloat16 kernels only")
     if p.window:
@@ -114,15 +156,15 @@ def first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
-def eager(p: Problem, x: Inputs) -> Call:
+def eager(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
     """Standard attention: the whole matrix of scores, in the inputs' dtype."""
-    return sdpa("MATH")(p, x)
+    return sdpa("MATH")(p, x, direction)
 
 
-PEERS: dict[str, Callable[[Problem, Inputs], Call]] = {
+PEERS: dict[str, Prepare] = {
     "flashcore": flashcore,
     "cudnn": sdpa("CUDNN_ATTENTION"),
-    "fa2": sdpa("FLASH_ATTENTION"),
+    "fa2": fa2,
     "fa3": fa3,
     "eager": eager,
 }

@@ -135,7 +135,8 @@ def gpu(result: dict[str, Any], path: Path) -> None:
         ncols=len(handles),
         bbox_to_anchor=(0.5, 1.03),
     )
-    note = f"{result['device']}, forward. Dashed: 8192³ bf16 matmul, {ceiling:.0f} TFLOP/s"
+    direction = {"fwd": "forward", "bwd": "backward"}[result["direction"]]
+    note = f"{result['device']}, {direction}. Dashed: 8192³ bf16 matmul, {ceiling:.0f} TFLOP/s"
     figure.text(0.01, -0.015, note, fontsize=8, color="#555555")
     figure.tight_layout()
     figure.savefig(path)

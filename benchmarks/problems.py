@@ -118,25 +118,27 @@ def gpu_grid(quick: bool = False) -> list[Problem]:
 
 
 def gpu_more() -> list[Problem]:
+    """What the grid leaves out: groups, packed documents, a window, few tiles, fp16, chunks."""
     documents = (4096, 2048, 2048, 1536, 1280, 1024, 1024, 896, 768, 640, 512, 256, 128, 128)
-    low_occupancy = [
+    longest = max(documents)
+    few_tiles = [
         Problem(1, heads, seqlen, seqlen, 128, causal=causal)
-        for heads, seqlen in ((8, 512), (8, 1024), (16, 1024), (8, 2048), (16, 2048), (8, 4096))
+        for seqlen in (512, 1024, 2048, 4096)
+        for heads in (8, 16)
         for causal in (False, True)
     ]
     half = [
-        gpu_square(128, seqlen, causal, "float16")
+        gpu_square(head_dim, seqlen, causal, "float16")
+        for head_dim in (64, 128)
         for causal in (False, True)
         for seqlen in (4096, 16384)
     ]
-    chunked = [Problem(1, 32, n, 32768, 128, num_heads_kv=8) for n in (128, 512)]
+    chunks = [Problem(1, 32, n, 32768, 128, num_heads_kv=8) for n in (128, 512)]
     return [
         Problem(4, 32, 4096, 4096, 128, causal=True, num_heads_kv=8),
-        Problem(
-            len(documents), 16, max(documents), max(documents), 128, causal=True, lengths=documents
-        ),
+        Problem(len(documents), 16, longest, longest, 128, causal=True, lengths=documents),
         Problem(1, 16, 16384, 16384, 128, causal=True, window=1024),
-        *low_occupancy,
+        *few_tiles,
         *half,
-        *chunked,
+        *chunks,
     ]

@@ -19,6 +19,13 @@ struct Place {
   int64_t row, batch, head, i;
 };
 
+// T: no wider than the row asks for, because a 64-bit division takes many instructions.
+template <class T>
+__device__ Place place_of(T row, T num_rows, T num_heads) {
+  T const pair = row / num_rows, batch = pair / num_heads;
+  return {row, batch, pair - batch * num_heads, row - pair * num_rows};
+}
+
 __device__ int64_t offset_of(const Rows& x, const Place& at) {
   return at.batch * x.batch_stride + at.head * x.head_stride + at.i * x.row_stride;
 }
@@ -93,11 +100,11 @@ __global__ void __launch_bounds__(kThreads) merge_rows(const __grid_constant__ M
        first += int64_t{gridDim.x} * rows_per_block) {
     int64_t const row = first + threadIdx.x / p.lanes;
     bool const valid = row < p.rows;
-    Place at;
-    at.row = min_of(row, p.rows - 1);
-    at.i = at.row % p.num_rows;
-    at.head = at.row / p.num_rows % p.num_heads;
-    at.batch = at.row / p.num_rows / p.num_heads;
+    int64_t const known = min_of(row, p.rows - 1);
+    Place const at = p.rows <= INT32_MAX
+                         ? place_of(static_cast<int32_t>(known), static_cast<int32_t>(p.num_rows),
+                                    static_cast<int32_t>(p.num_heads))
+                         : place_of(known, p.num_rows, p.num_heads);
 
     float largest = -INFINITY;
     for (int s = lane; s < p.count; s += p.lanes) largest = fmaxf(largest, p.parts.lse(s, at));

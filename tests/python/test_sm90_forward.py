@@ -1,45 +1,496 @@
-"""The Hopper forward kernels, with torch tensors, against the float64 reference.
+"""The Hopper forward kernels, on torch tensors, against the float64 reference and the CPU backend.
 
-Each test has a time limit of its own (conftest.py), so that a kernel that hangs ends the run.
+A call that the installed build refuses is skipped with the refusal. Each test has a time limit of
+its own (conftest.py), so that a kernel that hangs ends the run.
 """
+
+import random
 
 import cases
 import numpy as np
 import pytest
 from cases import Case
+from gpu import assert_near_the_cpu, assert_same_bits, check, on_gpu, run, why_refused
 
 import flashcore as fc
-from flashcore.testing import assert_close_to_reference, to_numpy
+from flashcore.testing import assert_close_to_reference, assert_within_rule, to_numpy
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-
-def on_gpu(x: np.ndarray) -> "torch.Tensor":
-    """The same values in the same strides."""
-    raw = x.view(np.int16)
-    t = torch.empty_strided(x.shape, [s // 2 for s in x.strides], dtype=torch.int16, device="cuda")
-    t.copy_(torch.from_numpy(np.ascontiguousarray(raw)))
-    return t.view(torch.bfloat16 if x.dtype.name == "bfloat16" else torch.float16)
+NAN, INF = float("nan"), float("inf")
 
 
-def run(case: Case, **more):
-    arrays = case.arrays()
-    q, k, v = (on_gpu(arrays[name]) for name in "qkv")
-    result = fc.attention(q, k, v, **case.options(), return_lse=True, **more)
-    torch.cuda.synchronize()
-    return arrays, (q, k, v), result
+# ---- every option -------------------------------------------------------------------------------
+
+PLAIN = Case("", dtype="bf16", q=200, k=300, h=(2, 1))  # two query tiles, at least two key blocks
+SQUARE = PLAIN.but(q=300, k=300)
+PACKED = PLAIN.but(packed_q=(5, 130, 0, 1, 193, 64), packed_k=(7, 200, 9, 90, 193, 64))
+
+VARIANTS = {
+    "full": [PLAIN, PLAIN.but(dtype="f16"), PLAIN.but(q=129, k=1), PLAIN.but(q=1, k=700)],
+    "causal": [
+        PLAIN.but(causal=True),
+        SQUARE.but(causal=True, dtype="f16"),
+        PLAIN.but(causal=True, q=300, k=130),  # rows that see nothing
+        PLAIN.but(causal=True, align="top_left"),
+        PLAIN.but(causal=True, align="top_left", q=300, k=130),
+        PLAIN.but(causal=True, q_offset=17),
+        PLAIN.but(causal=True, q_offset=-140),
+        PLAIN.but(causal=True, q_offset=500),  # past every key
+        PLAIN.but(causal=True, q_offset=(180, -7)),
+        PLAIN.but(causal=True, q_offset=(0, -300)),  # the second sequence sees nothing
+    ],
+    "window": [
+        PLAIN.but(window=(100, None)),
+        PLAIN.but(window=(None, 40)),
+        PLAIN.but(window=(90, 150)),
+        PLAIN.but(window=(5, 3)),
+        SQUARE.but(window=(0, 0)),
+        PLAIN.but(window=(5000, 5000)),
+        PLAIN.but(window=(64, None), causal=True),
+        SQUARE.but(window=(127, 0), dtype="f16"),
+        PLAIN.but(window=(20, 10), q_offset=600),  # past every key
+        PLAIN.but(window=(30, 30), q_offset=(-100, 300)),  # rows before and past the keys
+        PLAIN.but(window=(200, 0), q=300, k=130),
+    ],
+    "softcap": [
+        PLAIN.but(softcap=1.5),
+        PLAIN.but(softcap=30.0, causal=True, dtype="f16"),
+        PLAIN.but(softcap=2.0, window=(70, 9)),
+        PLAIN.but(softcap=5.0, scale=2.0, q=300, k=130, causal=True),
+    ],
+    "alibi": [
+        PLAIN.but(alibi="h"),
+        PLAIN.but(alibi="bh", causal=True),
+        PLAIN.but(alibi="bh", window=(90, 20), dtype="f16"),
+        PLAIN.but(alibi="h", q_offset=-50, h=(4, 2)),
+    ],
+    "sinks": [
+        PLAIN.but(sinks=True),
+        PLAIN.but(sinks=True, causal=True, q=300, k=130),  # lse of unseen rows is the sink
+        PLAIN.but(sinks=True, k=0),
+        PLAIN.but(sinks=True, window=(30, 0), dtype="f16", h=(4, 1)),
+    ],
+    "dropout": [
+        PLAIN.but(dropout=0.1),
+        PLAIN.but(dropout=0.5, causal=True, dtype="f16"),
+        PLAIN.but(dropout=0.9, h=(4, 2), window=(90, 90)),
+        PLAIN.but(dropout=2**-16),
+    ],
+    "groups": [
+        PLAIN.but(b=1, h=h, causal=causal)
+        for h in ((2, 2), (6, 3), (8, 1), (7, 1), (14, 2), (16, 4))
+        for causal in (False, True)
+    ],
+    "varlen": [
+        PACKED,
+        PACKED.but(causal=True),
+        PACKED.but(causal=True, align="top_left", dtype="f16"),
+        PACKED.but(window=(60, 20), h=(4, 1)),
+        PLAIN.but(packed_q=(0, 0), packed_k=(0, 0)),
+        PLAIN.but(packed_q=(70, 3), packed_k=(0, 0)),
+        PLAIN.but(packed_q=(), packed_k=()),
+        PLAIN.but(packed_q=(1, 1, 0, 1), packed_k=(400, 2, 5, 129), causal=True),
+        PLAIN.but(packed_q=(400, 2), packed_k=(130, 300), causal=True),  # rows that see nothing
+        PACKED.but(strides="sliced", causal=True),
+        PACKED.but(alibi="bh", sinks=True, q_offset=(3, 9, 0, 80, -20, 0), causal=True),
+        PACKED.but(dropout=0.25),
+    ],
+    "padded": [
+        PLAIN.but(lengths_k=(300, 7)),
+        PLAIN.but(lengths_q=(200, 129)),
+        PLAIN.but(lengths_q=(113, 199), lengths_k=(60, 300), causal=True),
+        PLAIN.but(lengths_q=(0, 113), lengths_k=(10, 0), dtype="f16"),
+        PLAIN.but(lengths_q=(1, 200), lengths_k=(128, 129), window=(40, None), layout="bhsd"),
+    ],
+    "strides": [
+        PLAIN.but(layout="bhsd", causal=True),
+        PLAIN.but(strides="permuted"),
+        PLAIN.but(strides="sliced", causal=True),
+        PLAIN.but(strides="sliced", layout="bhsd", dtype="f16"),
+    ],
+    "scale": [PLAIN.but(scale=0.02), PLAIN.but(scale=4.0, causal=True)],
+    "together": [
+        PLAIN.but(causal=True, window=(90, None), softcap=2.0, alibi="bh", sinks=True, dropout=0.1),
+        PLAIN.but(
+            window=(90, 30), softcap=20.0, alibi="h", lengths_q=(113, 200), lengths_k=(60, 300)
+        ),
+        PACKED.but(causal=True, window=(50, None), sinks=True, dropout=0.3, h=(3, 1)),
+    ],
+}  # fmt: skip
+EVERY_OPTION = [
+    pytest.param(case.but(d=d), id=f"{theme}-{case.but(d=d)}")
+    for theme, list_of_cases in VARIANTS.items()
+    for n, case in enumerate(list_of_cases)
+    for d in (64, 128, (32, 96, 192, 256)[n % 4])
+]
 
 
-def check(case: Case) -> None:
-    arrays, _, result = run(case)
-    assert result.out.is_cuda and result.lse.dtype == torch.float32
-    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], **case.options())
+@pytest.mark.parametrize("case", EVERY_OPTION)
+def test_option(case):
+    check(case)
 
 
 @pytest.mark.parametrize("case", cases.SM90, ids=str)
-def test_matches_reference(case):
+def test_shape(case):
     check(case)
+
+
+@pytest.mark.parametrize("d", range(8, 257, 8))
+def test_every_head_dim(d):
+    """The other half of what cases.SM90 has of this."""
+    check(Case("head dims", dtype="f16", b=1, q=130, k=150, d=d, causal=d % 16 != 0))
+
+
+@pytest.mark.parametrize(
+    "d,dv",
+    [
+        (192, 128),
+        (64, 128),
+        (128, 64),
+        (64, 256),
+        (256, 64),
+        (72, 16),
+        (8, 248),
+        (96, 40),
+        (192, 8),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 4.0, "strides": "sliced"}])
+def test_values_of_another_head_dim(d, dv, options):
+    check(PLAIN.but(d=d, dv=dv, **options))
+
+
+def random_case(n: int) -> Case:
+    """Any options at once. Small sizes: what matters is how the rules meet."""
+    r = random.Random(n)
+    maybe = lambda p, value: {} if r.random() >= p else value
+    hk = r.choice((1, 1, 2))
+    edge = lambda most: r.choice(
+        (r.randint(1, most), r.choice((1, 63, 64, 65, 127, 128, 129, 192)))
+    )
+    o = {
+        "dtype": r.choice(("bf16", "bf16", "f16")),
+        "b": r.choice((1, 2)),
+        "q": edge(300),
+        "k": edge(400),
+        "h": (hk * r.choice((1, 1, 2, 3)), hk),
+        "d": r.choice((64, 96, 128, 192, 256, 8 * r.randint(1, 32))),
+        "causal": r.random() < 0.4,
+        "window": (r.choice((None, None, 0, 10, 150)), r.choice((None, None, 0, 3, 100))),
+        "align": r.choice(("bottom_right", "bottom_right", "top_left")),
+        "strides": r.choice(("packed", "packed", "sliced")),
+        "sinks": r.random() < 0.3,
+        "softcap": r.choice((0.0, 0.0, 1.0, 20.0)),
+        "alibi": r.choice(("", "", "h", "bh")),
+        "dropout": r.choice((0.0, 0.0, 0.2, 0.7)),
+    }
+    o |= maybe(0.2, {"dv": 8 * r.randint(1, 32)})
+    o |= maybe(0.2, {"scale": r.choice((0.05, 0.5))})
+    sequences = o["b"]
+    kind = r.choice(("plain", "packed", "padded"))
+    if kind == "packed":
+        sequences = r.randint(1, 4)
+        o["packed_q"] = tuple(r.choice((0, 1, r.randint(0, 200))) for _ in range(sequences))
+        o["packed_k"] = tuple(r.choice((0, 1, r.randint(0, 300))) for _ in range(sequences))
+    else:
+        o |= maybe(0.3, {"layout": "bhsd"})
+        o |= maybe(0.1, {"strides": "permuted"})
+    if kind == "padded":
+        for name, most in (("lengths_q", o["q"]), ("lengths_k", o["k"])):
+            o |= maybe(0.7, {name: tuple(r.randint(0, most) for _ in range(sequences))})
+    offsets = tuple(r.randint(-100, 400) for _ in range(sequences))
+    o |= maybe(0.2, {"q_offset": r.choice((offsets[0], offsets))})
+    return Case("any options at once", **o)
+
+
+@pytest.mark.parametrize("n", range(200))
+def test_random_combination(n):
+    check(random_case(n))
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window": (300, 50), "softcap": 9.0, "dropout": 0.1}],
+    ids=str,
+)
+def test_more_tiles_than_multiprocessors(d, options):
+    """Blocks that take several tiles, against the CPU backend: the reference would take minutes."""
+    done = run(Case("many tiles", dtype="bf16", b=2, q=1100, k=1300, h=(12, 4), d=d, **options))
+    assert_near_the_cpu(done.result, done.on_the_cpu())
+    assert_same_bits(done.result, done.again())
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_tight_bound_of_packed_lengths_changes_nothing(d):
+    loose = run(PACKED.but(d=d, causal=True), num_splits=1)
+    assert_same_bits(loose.result, loose.again(max_seqlen_q=193, max_seqlen_k=200))
+
+
+# ---- which keys, which bits ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("h,layout,causal", [((2, 2), "bshd", False), ((4, 1), "bhsd", True)])
+def test_dropout_drops_what_the_mask_says(h, layout, causal, d):
+    """With one-hot values the output is P, 64 columns at a time: its zeros are what is dropped."""
+    rows, keys, rng = 150, 333, (2**62 + 5, 3)
+    case = Case("one-hot v", dtype="bf16", q=rows, k=keys, h=h, d=d, dv=64, layout=layout)
+    arrays = case.arrays()
+    visible = np.tri(rows, keys, keys - rows, dtype=bool) | (not causal)
+    want = fc.dropout_mask((2, h[0], rows, keys), 0.4, rng) & visible
+    for first in range(0, keys, 64):
+        eye = np.eye(keys, dtype=arrays["v"].dtype)[:, first : first + 64]
+        values = np.zeros((keys, 64), eye.dtype)
+        values[:, : eye.shape[1]] = eye
+        arrays["v"][...] = values[:, None] if layout == "bshd" else values
+        out = run(case, arrays, causal=causal, dropout_p=0.4, rng=rng).result.out
+        p = to_numpy(out.float() if layout == "bhsd" else out.float().transpose(1, 2))
+        np.testing.assert_array_equal(p[..., : eye.shape[1]] != 0, want[..., first : first + 64])
+
+
+def test_dropout_seed_on_the_device():
+    case = PLAIN.but(dropout=0.3)
+    want = run(case)
+    seed = torch.tensor(want.values["rng"], dtype=torch.int64, device=want.result.out.device)
+    assert_same_bits(
+        fc.attention(*want.inputs, dropout_p=0.3, rng=seed, return_lse=True), want.result
+    )
+
+
+def test_lse_is_of_the_undropped_softmax():
+    plain = run(PLAIN.but(causal=True)).result.lse
+    dropped = run(PLAIN.but(causal=True, dropout=0.5)).result.lse
+    torch.testing.assert_close(dropped, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}, {"alibi": "h"}])
+def test_poison_in_the_padding_reaches_nothing(d, poison, options):
+    """Rows past a sequence's length: of q, of k and of v. Their own results are zero and -inf."""
+    lengths_q, lengths_k = (200, 37), (129, 301)
+    case = PLAIN.but(d=d, q=300, k=420, lengths_q=lengths_q, lengths_k=lengths_k, **options)
+    arrays = case.arrays()
+    for b in range(2):
+        arrays["q"][b, lengths_q[b] :] = poison
+        arrays["k"][b, lengths_k[b] :] = poison
+        arrays["v"][b, lengths_k[b] :] = poison
+    done = run(case, arrays)
+    result = done.result
+    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], **done.values)
+    for b in range(2):
+        assert (result.out[b, lengths_q[b] :] == 0).all()
+        assert (result.lse[b, :, lengths_q[b] :] == -INF).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}, {"dropout": 0.2}])
+def test_poison_in_a_packed_neighbour_reaches_nothing(d, poison, options):
+    """The second sequence's rows, which the first one's last tile and block run into."""
+    case = PLAIN.but(d=d, packed_q=(70, 200, 131), packed_k=(90, 150, 200), **options)
+    clean = run(case)
+    arrays = case.arrays()
+    arrays["q"][70:270] = arrays["k"][90:240] = arrays["v"][90:240] = poison
+    result = run(case, arrays).result
+    for rows in (slice(0, 70), slice(270, 401)):
+        assert torch.equal(result.out[rows], clean.result.out[rows])
+        assert torch.equal(result.lse[:, rows], clean.result.lse[:, rows])
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("d", [40, 64, 128])
+def test_poison_around_the_inputs_reaches_nothing(poison, d):
+    """Rows before and after, and the columns beyond head_dim that a wider tile would load."""
+    case = Case("poison", dtype="bf16", q=130, k=150, d=d, causal=True)
+    arrays = case.arrays()
+    inputs = {}
+    for name in "qkv":
+        x = on_gpu(arrays[name])
+        b, s, h, _ = x.shape
+        room = torch.full((b, s + 64, h, d + 24), poison, device=x.device, dtype=x.dtype)
+        inputs[name] = room[:, 32 : 32 + s, :, :d]
+        inputs[name].copy_(x)
+    result = fc.attention(*inputs.values(), causal=True, return_lse=True)
+    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], causal=True)
+
+
+def test_poison_behind_the_mask_reaches_nothing():
+    """Keys that causal and window hide inside blocks that are visited."""
+    case = PLAIN.but(q=200, k=200, window=(20, 0), d=128)
+    clean = run(case)
+    arrays = case.arrays()
+    arrays["k"][:, 150:] = arrays["v"][:, 150:] = NAN
+    result = run(case, arrays).result
+    assert torch.equal(result.out[:, :150], clean.result.out[:, :150])
+    assert torch.isnan(result.out[:, 150:].float()).all()
+
+
+# ---- splitting the keys -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d,splits", [(128, 0), (128, 1), (128, 3), (128, 8), (64, 8), (256, 3)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window": (200, None), "q_offset": 900},  # most parts are empty
+        {"lengths_k": (1100, 100)},
+        {"softcap": 5.0, "sinks": True, "dropout": 0.1},
+        {"packed_q": (40, 0, 3), "packed_k": (1000, 50, 600)},
+    ],
+    ids=str,
+)
+def test_splits(options, d, splits):
+    done = check(PLAIN.but(q=60, k=1100, d=d, **options), num_splits=splits)
+    plan = fc.explain(*done.inputs, **done.options)
+    assert splits == 0 or min(splits, 2) <= plan.splits <= splits  # whole blocks of keys
+
+
+def test_few_rows_and_many_keys_are_split_unasked():
+    q = torch.randn(1, 128, 32, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 32768, 8, 128, device="cuda", dtype=torch.bfloat16)
+    if why := why_refused(q, k, v, num_splits=2):
+        pytest.skip(f"refused: {why}")
+    assert fc.explain(q, k, v).splits > 1
+    got = fc.attention(q, k, v, return_lse=True)
+    want = fc.attention(q, k, v, return_lse=True, num_splits=1)
+    torch.testing.assert_close(got.lse, want.lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.out, want.out, rtol=2e-2, atol=1e-4)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+def test_scores_about_minus_120():
+    case = Case("negative", dtype="bf16", q=130, k=191, d=64)
+    arrays = case.arrays()
+    arrays["q"] = (arrays["q"].astype(np.float32) * 0.02 + 1).astype(case.np_dtype)
+    arrays["k"] = (arrays["k"].astype(np.float32) * 0.02 - 120 / 64).astype(case.np_dtype)
+    result = run(case, arrays, scale=1.0).result
+    assert (to_numpy(result.lse) < -100).all()
+    assert_close_to_reference(result.out, arrays["q"], arrays["k"], arrays["v"], scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_values_of_one_give_one(dtype, d):
+    q = torch.randn(1, 300, 2, d, device="cuda", dtype=dtype)
+    out = fc.attention(q, q, torch.ones_like(q), causal=True).float()
+    eps = torch.finfo(dtype).eps
+    assert out.min() >= 1 - eps / 2 and out.max() <= 1 + eps
+
+
+def on_device(q, k, v, precision):
+    """(out, lse) of one head of torch tensors, in this precision."""
+    s = (q.to(precision) @ k.to(precision).T).double() * q.shape[-1] ** -0.5
+    out = (torch.softmax(s, -1).to(precision) @ v.to(precision)).double()
+    return out, s.logsumexp(-1)
+
+
+def check_on_device(result, q, k, v):
+    """The error rule for (S, D) tensors too large for the reference."""
+    exact, lse = on_device(q, k, v, torch.float64)
+    same, _ = on_device(q, k, v, q.dtype)
+    got = to_numpy(result.out[-1, -q.shape[0] :, -1])
+    assert_within_rule("out", got, to_numpy(exact), to_numpy(same.to(q.dtype)))
+    got = result.lse[-1, -1, -q.shape[0] :].double()
+    torch.testing.assert_close(got, lse, rtol=1e-5, atol=1e-4)
+
+
+def test_more_keys_than_2_to_the_31_elements():
+    q = torch.randn(1, 200, 16, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 1_100_000, 16, 128, device="cuda", dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    result = fc.attention(q, k, v, return_lse=True)
+    check_on_device(result, q[0, :, -1], k[0, :, -1], v[0, :, -1])
+
+
+def test_more_rows_than_2_to_the_31_elements():
+    q = torch.randn(1, 1_100_000, 16, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 150, 16, 128, device="cuda", dtype=torch.bfloat16)
+    result = fc.attention(q, k, v, return_lse=True)
+    assert result.out.numel() > 2**31
+    check_on_device(result, q[0, -999:, -1], k[0, :, -1], v[0, :, -1])
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_strides_beyond_2_to_the_31_elements(varlen):
+    """Batches (packed: heads) that lie 4.5 GB apart, of inputs and of the output."""
+    room = torch.empty(4, 2, 2**31 + 2**16, device="cuda", dtype=torch.bfloat16)
+    parts = [x[:, : 200 * 2 * 64].normal_() for x in room]
+    if varlen:
+        q, k, v, out = (x[:, : 200 * 64].view(2, 200, 64).transpose(0, 1) for x in parts)
+        cu = torch.tensor([0, 200], dtype=torch.int32, device="cuda")
+        options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 200, "max_seqlen_k": 200}
+    else:
+        q, k, v, out = (x.view(2, 200, 2, 64) for x in parts)
+        options = {}
+    if why := why_refused(q, k, v, **options):
+        pytest.skip(f"refused: {why}")
+    result = fc.attention(q, k, v, **options, out=out, return_lse=True)
+    assert_close_to_reference(result, q, k, v, **options)
+
+
+# ---- memory, streams, graphs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [64, 72, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"lengths_q": (60, 131)}, {"packed_q": (60, 71, 131)}])
+def test_nothing_is_written_outside_the_output(d, options):
+    """Canaries before, after and between the rows of out."""
+    if "packed_q" in options:
+        options = options | {"packed_k": (80, 20, 300)}
+    done = run(Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True, **options))
+    want = done.result.out
+    rows, heads = want.shape[-3:-1]
+    shape = (*want.shape[:-3], rows + 2, heads + 2, d + 8)
+    room = torch.full(shape, 7.0, device=want.device, dtype=want.dtype)
+    out = room[..., 1:-1, 1:-1, :d]
+    assert fc.attention(*done.inputs, **done.options, out=out) is out
+    assert torch.equal(out, want)
+    out.fill_(7.0)
+    assert (room == 7).all()
+
+
+def test_side_stream():
+    """Work goes to torch's current stream: it sees what was made there, in order."""
+    done = run(Case("stream", dtype="bf16", q=512, k=512, d=128, h=(8, 8)))
+    q, k, v = done.inputs
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late = q.clone()
+        got = fc.attention(late, k, v)
+        copy = got.clone()
+    stream.synchronize()
+    assert torch.equal(copy, done.result.out)
+    explicit = fc.attention(q, k, v, stream=stream)
+    stream.synchronize()
+    assert torch.equal(explicit, done.result.out)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_splits": 4}], ids=str)
+def test_cuda_graph_capture_and_replay(more):
+    done = run(Case("graph", dtype="bf16", q=256, k=256, d=64, h=(4, 4)), **more)
+    q, k, v = done.inputs
+    out = torch.empty_like(done.result.out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fc.attention(q, k, v, out=out, **more)
+    q.mul_(0.5)
+    expected = fc.attention(q, k, v, **more)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+# ---- choosing and refusing ----------------------------------------------------------------------
 
 
 def test_a_gpu_kernel_is_chosen():
@@ -48,148 +499,32 @@ def test_a_gpu_kernel_is_chosen():
     assert plan.backend == "sm90" and plan.deterministic
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
-@pytest.mark.parametrize("causal", [False, True])
-def test_two_runs_give_the_same_bits(d, causal):
-    case = Case("twice", dtype="bf16", q=700, k=900, h=(4, 2), d=d, causal=causal)
-    arrays, (q, k, v), first = run(case)
-    for _ in range(10):
-        again = fc.attention(q, k, v, **case.options(), return_lse=True)
-        assert torch.equal(first.out, again.out) and torch.equal(first.lse, again.lse)
-
-
-@pytest.mark.parametrize("d", [64, 72, 128, 256])
-def test_nothing_is_written_outside_the_output(d):
-    """Canaries before, after and between the rows of out."""
-    case = Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True)
-    arrays = case.arrays()
-    q, k, v = (on_gpu(arrays[name]) for name in "qkv")
-    room = torch.full((2, 131 + 2, 2 + 2, d + 8), 7.0, device="cuda", dtype=torch.bfloat16)
-    out = room[:, 1:-1, 1:-1, :d]
-    assert fc.attention(q, k, v, causal=True, out=out) is out
-    assert torch.equal(out, fc.attention(q, k, v, causal=True))
-    out.fill_(7.0)
-    assert (room == 7).all()
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_poison_around_the_inputs_reaches_nothing(poison):
-    """Rows before and after, and the columns beyond head_dim that a tile of 64 would load."""
-    case = Case("poison", dtype="bf16", q=130, k=150, d=40, causal=True)
-    arrays = case.arrays()
-    inputs = {}
-    for name in "qkv":
-        x = on_gpu(arrays[name])
-        b, s, h, d = x.shape
-        room = torch.full((b, s + 64, h, 64), poison, device="cuda", dtype=x.dtype)
-        inputs[name] = room[:, 32 : 32 + s, :, :d]
-        inputs[name].copy_(x)
-    result = fc.attention(*inputs.values(), causal=True, return_lse=True)
-    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], causal=True)
-
-
-def test_side_stream():
-    """Work goes to torch's current stream: it sees what was made there, in order."""
-    case = Case("stream", dtype="bf16", q=512, k=512, d=128, h=(8, 8))
-    arrays, (q, k, v), want = run(case)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        late = q.clone()
-        got = fc.attention(late, k, v)
-        copy = got.clone()
-    stream.synchronize()
-    assert torch.equal(copy, want.out)
-    explicit = fc.attention(q, k, v, stream=stream)
-    stream.synchronize()
-    assert torch.equal(explicit, want.out)
-
-
-def test_cuda_graph_capture_and_replay():
-    case = Case("graph", dtype="bf16", q=256, k=256, d=64, h=(4, 4))
-    arrays, (q, k, v), want = run(case)
-    out = torch.empty_like(want.out)
-    fc.attention(q, k, v, out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fc.attention(q, k, v, out=out)
-    q.mul_(0.5)
-    expected = fc.attention(q, k, v)
-    out.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, expected)
-
-
-def test_offsets_beyond_2_to_the_31_elements():
-    heads, d, rows = 16, 128, 1_200_000  # 2.46e9 elements
-    base = torch.empty(1, rows, heads, d, device="cuda", dtype=torch.bfloat16)
-    case = Case("far", dtype="bf16", b=1, q=200, k=200, h=(heads, heads), d=d, causal=True)
-    arrays = case.arrays()
-    last = base[:, -200:]
-    last.copy_(on_gpu(arrays["k"]))
-    out = fc.attention(on_gpu(arrays["q"]), last, on_gpu(arrays["v"]), causal=True)
-    assert_close_to_reference(out, arrays["q"], arrays["k"], arrays["v"], causal=True)
-
-
-def test_scores_about_minus_120():
-    case = Case("negative", dtype="bf16", q=130, k=191, d=64)
-    arrays = case.arrays()
-    arrays["q"] = (arrays["q"].astype(np.float32) * 0.02 + 1).astype(case.np_dtype)
-    arrays["k"] = (arrays["k"].astype(np.float32) * 0.02 - 120 / 64).astype(case.np_dtype)
-    q, k, v = (on_gpu(arrays[name]) for name in "qkv")
-    result = fc.attention(q, k, v, scale=1.0, return_lse=True)
-    assert (to_numpy(result.lse) < -100).all()
-    assert_close_to_reference(result.out, arrays["q"], arrays["k"], arrays["v"], scale=1.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_values_of_one_give_one(dtype, d):
-    q = torch.randn(1, 300, 2, d, device="cuda", dtype=dtype)
-    out = fc.attention(q, q, torch.ones_like(q), causal=True).float()
-    eps = torch.finfo(dtype).eps
-    assert out.min() >= 1 - eps / 2 and out.max() <= 1 + eps
-
-
-UNBUILT = {
-    "window": {"window_size": (5, 5)},
-    "softcap": {"softcap": 1.0},
-    "dropout": {"dropout_p": 0.5, "rng": (1, 2)},
-    "bias": {"bias": (1, 1, 1, 64)},
-    "mask": {"mask": (1, 1, 1, 64)},
-    "sinks": {"sinks": (2,)},
-    "alibi": {"alibi_slopes": (2,)},
-    "seqlens": {"seqlens_k": (1,)},
+SPECIAL = {
+    "bias": {"bias": np.ones((1, 1, 1, 64), np.float32)},
+    "mask": {"mask": np.arange(64).reshape(1, 1, 1, 64) % 3 > 0},
+    "block mask": {"block_mask": fc.BlockMask.from_dense(np.ones((64, 64), bool), block=(32, 32))},
+    "zero scale": {"scale": 0.0},
+    "negative scale": {"scale": -0.1},
+    "wide result": {"out_dtype": "float32"},
+    "max_logits": {"return_max_logits": True},
 }
 
 
-@pytest.mark.parametrize("options", UNBUILT.values(), ids=[*UNBUILT])
-def test_what_is_not_built_is_refused_or_right(options):
+@pytest.mark.parametrize("values", SPECIAL.values(), ids=[*SPECIAL])
+def test_refused_or_right(values):
     """Never silently something else: an error that says so, or the reference's result."""
-    case = Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64)
+    case = Case("special", dtype="bf16", b=1, q=64, k=64, d=64)
     arrays = case.arrays()
-    q, k, v = (on_gpu(arrays[name]) for name in "qkv")
-    make = {
-        "mask": lambda s: np.arange(64).reshape(s) % 3 > 0,
-        "seqlens_k": lambda s: np.array([40], np.int32),
-    }
-    host = {
-        name: make.get(name, lambda s: np.ones(s, np.float32))(x)
-        if name in ("bias", "mask", "sinks", "alibi_slopes", "seqlens_k")
-        else x
-        for name, x in options.items()
-    }
-    device = {
-        name: torch.from_numpy(x).cuda() if isinstance(x, np.ndarray) else x
-        for name, x in host.items()
+    options = {
+        name: x.map(on_gpu) if isinstance(x, fc.BlockMask) else on_gpu(x)
+        for name, x in values.items()
     }
     try:
-        result = fc.attention(q, k, v, **device, return_lse=True)
+        result = fc.attention(*(on_gpu(arrays[name]) for name in "qkv"), **options, return_lse=True)
     except fc.UnsupportedError as e:
         assert "sm90" in str(e) and len(str(e)) > 40
         return
-    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], **host)
+    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], **values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -218,13 +553,6 @@ def test_misaligned_data_is_refused():
     q = flat[1 : 1 + 64 * 64].view(1, 64, 1, 64)
     with pytest.raises(fc.Error, match="align|16"):
         fc.attention(q, q, q)
-
-
-def test_backward_is_refused_by_name():
-    q = torch.zeros(1, 64, 1, 64, device="cuda", dtype=torch.bfloat16)
-    out, lse, _ = fc.attention(q, q, q, return_lse=True)
-    with pytest.raises(fc.UnsupportedError, match="backward"):
-        fc.attention_backward(out, q, q, q, out, lse)
 
 
 def test_tensors_on_two_devices_are_refused():

@@ -278,7 +278,7 @@ std::vector<Kernel> table() {
     info.backend = "sm90";
     info.isa = "sm_90a";
     info.dtype = dtype_name(c.dtype);
-    info.mask = mask;
+    info.mask = c.mask == none ? "none" : "window";
     info.head_dim = c.head_dim;
     info.head_dim_v = c.head_dim_v;
     info.block_m = c.block_m;
