@@ -119,6 +119,12 @@ void read_score_options(const flashcore_attention_args& args, Problem& p) {
   p.softcap = args.softcap;
   if (!(p.softcap >= 0.0) || !std::isfinite(p.softcap))
     fail("softcap must be finite and >= 0 (0 = off), got ", p.softcap);
+  // softcap * log2(e) and scale / softcap are used in the working precision.
+  constexpr double kLargest = 1e38, kSmallest = 1e-37;
+  if (p.dtype != DType::f64 && p.softcap > 0 &&
+      (p.softcap > kLargest || p.softcap < kSmallest || std::abs(p.scale / p.softcap) > kLargest))
+    fail("softcap must be between ", kSmallest, " and ", kLargest,
+         " and scale / softcap no larger, got ", p.softcap);
   p.window.left = read_window("window_size[0]", args.window_left);
   p.window.right = read_window("window_size[1]", args.window_right);
   if (args.causal) p.window.right = 0;

@@ -20,7 +20,7 @@ RULE = "|---|---|---|---|---|---|\n"
 DEVICES = {"cpu": "CPU", "sm90": "NVIDIA Hopper (sm90)", "sm80": "NVIDIA Ampere, Ada (sm80)"}
 MASKS = {
     "any": "causal, window, mask, lengths, block mask",
-    "window": "causal, window, lengths",
+    "window": "causal, window",
     "causal": "causal, window without a left side",
     "none": "none",
 }

@@ -24,7 +24,8 @@ const Allocator& allocator(const Session& session) {
                    : family == Family::jax  ? 3
                                             : 1;
   if (!made[i].make) {
-    nb::object const pair = nb::module_::import_("flashcore._allocate").attr(kMakers[i])();
+    nb::object const pair = survive_exit(
+        [&] { return nb::object(nb::module_::import_("flashcore._allocate").attr(kMakers[i])()); });
     made[i] = {nb::object(pair.attr("like")).release().ptr(),
                nb::object(pair.attr("make")).release().ptr()};
   }

@@ -172,7 +172,7 @@ void launch(Merge<Parts>& p, bool wide, int device, cudaStream_t stream) {
   DeviceGuard const guard(device);
   int64_t const pieces = ceil_div<int64_t>(max_of<int64_t>(p.head_dim, 1), wide ? kWide : 1);
   p.column_lanes = largest_power_of_two(min_of<int64_t>(2 * pieces - 1, kWarp));
-  p.lanes = p.column_lanes * largest_power_of_two(min_of(p.count, kWarp / p.column_lanes));
+  p.lanes = p.column_lanes * (kWarp / p.column_lanes);
   auto const blocks = static_cast<unsigned>(
       min_of<int64_t>(ceil_div<int64_t>(p.rows, kThreads / p.lanes), INT32_MAX));
   if (wide)

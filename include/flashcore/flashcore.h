@@ -143,7 +143,7 @@ typedef enum flashcore_direction {
 typedef struct flashcore_kernel_info {
   uint32_t struct_size;
   flashcore_direction direction;
-  const char* name;    /* unique, e.g. "sm90-fwd-bf16-d128-causal-128x128" */
+  const char* name;    /* unique, e.g. "sm90-fwd-bf16-d128-window-128x128" */
   const char* backend; /* "cpu", "sm90" */
   const char* isa;     /* instruction set: "avx512", "sm_90a" */
   const char* dtype;   /* "float32" */

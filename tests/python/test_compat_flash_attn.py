@@ -188,3 +188,21 @@ def test_refusals():
         fa.flash_attn_qkvpacked_func(q)
     with pytest.raises(fc.ArgumentError, match=r"kv must be \(total_k, 2, Hkv, D\)"):
         fa.flash_attn_varlen_kvpacked_func(q[0], k, cu, cu, 5, 7)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"softcap": -1.0},
+        {"window_size": (-5, 0)},
+        {"cache_seqlens": torch.tensor([-2, 3], dtype=torch.int32)},
+        {"cache_seqlens": torch.tensor([7, 8], dtype=torch.int32)},
+        {"cache_seqlens": None},
+    ],
+)
+def test_a_refused_call_leaves_the_cache_alone(wrong):
+    cache = torch.zeros(2, 8, 1, 16)
+    new = torch.ones(2, 1, 1, 16)
+    with pytest.raises(fc.Error):
+        fa.flash_attn_with_kvcache(new, cache, cache, k=new, v=new, **{"cache_seqlens": 1, **wrong})
+    assert not cache.any()

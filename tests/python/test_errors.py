@@ -104,6 +104,8 @@ SCALARS = {
     "infinite scale": ({"scale": float("inf")}, "scale must be finite"),
     "scale of another type": ({"scale": "big"}, "scale"),
     "negative softcap": ({"softcap": -1.0}, "softcap must be finite and >= 0", "-1"),
+    "softcap too large for float32": ({"softcap": 1e39}, "softcap must be between"),
+    "softcap too small for float32": ({"softcap": 1e-39}, "softcap must be between"),
     "NaN softcap": ({"softcap": float("nan")}, "softcap must be finite"),
     "dropout_p of 1": ({"dropout_p": 1.0, "rng": (1, 2)}, "dropout_p must be in [0, 1)", "got 1"),
     "negative dropout_p": ({"dropout_p": -0.1, "rng": (1, 2)}, "dropout_p must be in [0, 1)"),

@@ -155,3 +155,12 @@ def test_compiled_what_flashcore_cannot_run_is_left_to_torch():
         )
         assert torch.equal(function(q), theirs(q, q, q))
     torch._dynamo.reset()
+
+
+def test_the_way_back_leads_to_what_was_before():
+    with ft.register_sdpa():
+        outer = F.scaled_dot_product_attention
+        with ft.register_sdpa(strict=True):
+            assert F.scaled_dot_product_attention is not outer
+        assert F.scaled_dot_product_attention is outer
+    assert F.scaled_dot_product_attention is theirs

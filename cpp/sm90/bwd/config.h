@@ -43,9 +43,9 @@ struct BwdParams {
   int64_t lse_batch_stride, lse_head_stride, dlse_batch_stride, dlse_head_stride;
 
   // The workspace. Rows are padded to whole query blocks.
-  float* lse_log2;  // [batch][head][padded row]: lse * log2(e); +inf where P is to be zero
-  float* delta;     // [batch][head][padded row]: rowsum(dO * O) - dlse
-  float* dq_sum;    // [slot][query block][block_m * head_dim], see dq.cuh
+  float* minus_lse;    // [batch][head][padded row]: -lse / scale; -inf where P is to be zero
+  float* minus_delta;  // [batch][head][padded row]: dlse - rowsum(dO * O)
+  float* dq_sum;       // [slot][query block][block_m * head_dim], see dq.cuh
 
   float scale;
   float scale_log2;  // scale * log2(e)

@@ -12,35 +12,37 @@ struct Consumer {
   typename T::Shared& sh;
   int index;  // which consumer
   tile::Ring<T::kStages>& ring;
+  tile::Ring<2>& ds;  // the buffer of dS that is written next
   typename T::GradientTile &rdK, &rdV;
-
-  FC_DEVICE int warp() const { return threadIdx.x % 128 / 32; }
-  FC_DEVICE int lane() const { return threadIdx.x % 32; }
 
   // Read where it is, so that it takes no registers.
   FC_DEVICE const Work& work() const { return sh.work; }
 
   // This thread's keys. Worked out where they are needed, for the same reason.
   FC_DEVICE KeyPair keys() const {
-    return KeyPair(work(), (T::kByKeys ? 64 * index : 0) + 16 * warp() + lane() / 4, p.seqlen_k);
+    int const thread = thread_index();
+    return KeyPair(work(), (T::kByKeys ? 64 * index : 0) + thread % 128 / 32 * 16 + thread % 32 / 4,
+                   p.seqlen_k);
   }
 
-  // body<kNext>(head, m) for every query block of the group's heads; kNext: another one follows.
-  template <class Body>
-  FC_DEVICE void for_each_step(Body body) const {
-    int head = work().kv_head * p.group, m = work().first;
-    while (m + 1 < work().last || head + 1 < (work().kv_head + 1) * p.group) {
-      body(std::true_type(), head, m);
-      if (++m == work().last) {
-        m = work().first;
-        ++head;
-      }
-    }
-    body(std::false_type(), (work().kv_head + 1) * p.group - 1, work().last - 1);
+  // A step: a query block of a query head of the group. Worked out before the wait that ends the
+  // step before it, so that nobody waits for shared memory.
+  struct Step {
+    int head, m;
+    bool masked, last;
+  };
+  FC_DEVICE Step step_at(int head, int m) const {
+    return {head, m, work().masked(m),
+            m + 1 == work().last && head + 1 == (work().kv_head + 1) * p.group};
+  }
+  FC_DEVICE Step first_step() const { return step_at(work().kv_head * p.group, work().first); }
+  FC_DEVICE Step step_after(Step s) const {
+    return s.m + 1 < work().last ? step_at(s.head, s.m + 1) : step_at(s.head + 1, work().first);
   }
 
   // One arrival per warp: the warps of a warpgroup may be apart.
   FC_DEVICE void release(Barrier& free) const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) free.arrive();
   }
 };

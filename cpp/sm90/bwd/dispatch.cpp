@@ -20,9 +20,6 @@ constexpr int64_t kL2Budget = int64_t{32} << 20;
 // dV.
 constexpr double kTileOverhead = 2.0;
 
-// Blocks take whole key heads if they are busy for more than this share of the rounds it takes.
-constexpr double kWorthWholeHeads = 0.9;
-
 struct Instance {
   BwdConfig config;
   void (*launch)(const BwdParams&, int blocks, int device, cudaStream_t);
@@ -90,26 +87,22 @@ struct Division {
   int64_t m_blocks, n_blocks, pairs;  // pairs: of batch and key head
   int blocks;
   bool whole_heads;
-  int64_t lse_log2, delta, bytes;  // offsets in bytes; the sums of dQ come first
+  int64_t minus_lse, minus_delta, bytes;  // offsets in bytes; the sums of dQ come first
 
   Division(const BwdConfig& c, const Problem& p) {
     m_blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
     n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
     pairs = p.batch * p.num_heads_kv;
     int const processors = cuda::devices()[p.device_id].multiprocessors;
-    // Worth it while few blocks are left without a head in the last round, and heads are short.
-    double const rounds = static_cast<double>(pairs) / processors;
-    whole_heads = p.deterministic || n_blocks <= 1 ||
-                  (pairs > 0 && rounds / static_cast<double>(ceil_div<int64_t>(pairs, processors)) >
-                                    kWorthWholeHeads);
+    whole_heads = p.deterministic || n_blocks <= 1;
     blocks = static_cast<int>(
         min_of<int64_t>(whole_heads && n_blocks > 0 ? pairs : pairs * n_blocks, processors));
     int64_t const rows = p.batch * p.num_heads_q * m_blocks * c.block_m;
     int64_t const slots =
         whole_heads ? blocks * (p.num_heads_q / p.num_heads_kv) : p.batch * p.num_heads_q;
-    lse_log2 = slots * m_blocks * c.block_m * c.head_dim * 4;
-    delta = lse_log2 + rows * 4;
-    bytes = delta + rows * 4;
+    minus_lse = slots * m_blocks * c.block_m * c.head_dim * 4;
+    minus_delta = minus_lse + rows * 4;
+    bytes = minus_delta + rows * 4;
   }
 };
 
@@ -158,8 +151,8 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     return reinterpret_cast<float*>(static_cast<char*>(memory) + offset);
   };
   params.dq_sum = part(0);
-  params.lse_log2 = part(d.lse_log2);
-  params.delta = part(d.delta);
+  params.minus_lse = part(d.minus_lse);
+  params.minus_delta = part(d.minus_delta);
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
   params.batch = static_cast<int>(p.batch);

@@ -59,23 +59,28 @@ FC_DEVICE int dq_col(int consumer) {
   return T::kDqByRows ? 0 : T::kDqCols * consumer;
 }
 
-// Where dQ of query block m goes from here, from the consumer's quad kFirst on.
+// This thread's sums of query block m of one head, from the consumer's quad kFirst on.
+template <class T, int kFirst>
+FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int head, int m) {
+  return dq_block<T>(p, p.dq_slot(blockIdx.x, work.batch, head), m) +
+         dq_offset<T>(thread_index() - 128) + 128 * kFirst;
+}
+
+// Where dQ goes from here: to those sums, or to its rows.
 template <class T, int kFirst, int N>
 FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int consumer, int head, int m,
-                      float (&dq)[N]) {
+                      float* sums, float (&dq)[N]) {
   if (!p.dq.data) return;
-  float* const sums = dq_block<T>(p, p.dq_slot(blockIdx.x, work.batch, head), m) +
-                      dq_offset<T>(threadIdx.x - 128) + 128 * kFirst;
-  if (m < work.complete) {
+  if (!p.whole_heads || (m >= work.complete && m < work.fresh)) {
+    add_dq<T>(sums, dq);
+  } else if (m >= work.complete) {
+    set_dq<T>(sums, dq);
+  } else {
     if (m < work.fresh) add_sums(dq, sums);
     int const row = m * T::kBlockM + dq_row<T>(consumer);
     int const col = dq_col<T>(consumer) + 8 * kFirst;
     store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head, row,
                                     p.seqlen_q - row, col, p.head_dim - col);
-  } else if (m < work.fresh) {
-    add_dq<T>(sums, dq);
-  } else {
-    set_dq<T>(sums, dq);
   }
 }
 

@@ -65,14 +65,14 @@ struct Kernel {
         int const s = ring.stage;
         sh.free[s].wait(ring.parity);
         load<T::kBlockM>(sh.q[s], p.q, sh.q_ready[s], m * T::kBlockM, head, work.batch,
-                         shared_by_tiles, sh.lse_log2[s], p.lse_log2 + row);
+                         shared_by_tiles, sh.minus_lse[s], p.minus_lse + row);
         if (fresh) {
           sh.v_free.wait(parity);
           load<T::kBlockN>(sh.v, p.v, sh.v_ready, work.key, work.kv_head, work.batch, once);
           fresh = false;
         }
         load<T::kBlockM>(sh.dout[s], p.dout, sh.dout_ready[s], m * T::kBlockM, head, work.batch,
-                         shared_by_tiles, sh.delta[s], p.delta + row);
+                         shared_by_tiles, sh.minus_delta[s], p.minus_delta + row);
         ring.advance();
       }
     }
@@ -97,13 +97,14 @@ struct Kernel {
     claim_registers<T::kConsumerRegs>();
     int const consumer = warpgroup_index() - 1;
     Ring ring = Ring::consumer();
+    tile::Ring<2> ds = tile::Ring<2>::consumer();
     for (uint32_t parity = 0;; parity ^= 1) {
       sh.k_ready.wait(parity);
       if (sh.work.key < 0) break;
       typename T::GradientTile rdK, rdV;
 #pragma unroll
       for (int i = 0; i < T::kGradientCols / 2; ++i) rdK[i] = rdV[i] = 0.0f;
-      Consumer<T> const c{p, sh, consumer, ring, rdK, rdV};
+      Consumer<T> const c{p, sh, consumer, ring, ds, rdK, rdV};
       if (sh.work.empty())
         c.release(sh.v_free);
       else
@@ -134,6 +135,10 @@ struct Kernel {
     sh.v_ready.init(1);
     sh.k_free.init(kConsumerWarps);
     sh.v_free.init(kConsumerWarps);
+    for (int s = 0; s < 2; ++s) {
+      sh.ds_ready[s].init(kConsumerWarps);
+      sh.ds_free[s].init(kConsumerWarps);
+    }
     for (int s = 0; s < T::kStages; ++s) {
       sh.q_ready[s].init(1);
       sh.dout_ready[s].init(1);

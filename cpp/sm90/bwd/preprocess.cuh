@@ -17,6 +17,31 @@ FC_DEVICE bool visited(const BwdParams& p, int batch, int m_block, int block_m, 
   return __syncthreads_or(any);
 }
 
+// The sums of dQ become zero if key tiles will add to them; else dQ itself does where no key tile
+// comes.
+template <class T>
+FC_DEVICE void clear_dq(const BwdParams& p, int batch, int head, int m_block) {
+  using Element = typename T::Element;
+  if (!p.dq.data) return;
+  if (!p.whole_heads) {
+    float4* const sums =
+        reinterpret_cast<float4*>(dq_block<T>(p, p.dq_slot(0, batch, head), m_block));
+#pragma unroll
+    for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)
+      sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+    return;
+  }
+  if (p.accumulate || visited(p, batch, m_block, T::kBlockM, T::kBlockN)) return;
+  for (int i = threadIdx.x; i < T::kBlockM * p.head_dim; i += kPreprocessThreads) {
+    int const row = m_block * T::kBlockM + i / p.head_dim, col = i % p.head_dim;
+    if (row >= p.seqlen_q) return;
+    if (p.dq.f32)
+      *row_address<float>(p.dq, batch, head, row, col) = 0.0f;
+    else
+      *row_address<Element>(p.dq, batch, head, row, col) = Element(0.0f);
+  }
+}
+
 // One block of threads takes one query block of one head.
 template <class T>
 __global__ void __launch_bounds__(kPreprocessThreads)
@@ -28,6 +53,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
 
   int const m_block = blockIdx.x % p.m_blocks, pair = blockIdx.x / p.m_blocks;
   int const head = pair % p.heads, batch = pair / p.heads;
+  clear_dq<T>(p, batch, head, m_block);
   int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
 
   union Chunk {
@@ -47,23 +73,6 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     load(out[i], p.out_ref, row);
     load(dout[i], p.dout_ref, row);
   }
-  if (p.dq.data && !p.whole_heads) {
-    float4* const sum =
-        reinterpret_cast<float4*>(dq_block<T>(p, p.dq_slot(0, batch, head), m_block));
-#pragma unroll
-    for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)
-      sum[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-  }
-  if (p.dq.data && p.whole_heads && !p.accumulate &&
-      !visited(p, batch, m_block, T::kBlockM, T::kBlockN))
-    for (int i = threadIdx.x; i < T::kBlockM * p.head_dim; i += kPreprocessThreads) {
-      int const row = m_block * T::kBlockM + i / p.head_dim, col = i % p.head_dim;
-      if (row >= p.seqlen_q) break;
-      if (p.dq.f32)
-        *row_address<float>(p.dq, batch, head, row, col) = 0.0f;
-      else
-        *row_address<Element>(p.dq, batch, head, row, col) = Element(0.0f);
-    }
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
     float delta = 0.0f;
@@ -82,8 +91,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     else if (p.dlse)
       delta -= p.dlse[batch * p.dlse_batch_stride + head * p.dlse_head_stride + row];
     int64_t const at = int64_t{pair} * p.m_blocks * T::kBlockM + row;
-    p.delta[at] = delta;
-    p.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * 1.44269504f;
+    p.minus_delta[at] = -delta;
+    p.minus_lse[at] = lse == -INFINITY ? -INFINITY : -lse / p.scale;
   }
 }
 

@@ -2,42 +2,41 @@
 //
 //     P = exp(scale q.k - lse)        dS = P * (dP - delta)
 //
-// lse and delta belong to queries, so here they belong to columns and come from shared memory.
+// lse and delta belong to queries, so here they belong to columns. The products start from them
+// instead of from zero, so that nobody waits for shared memory between a product and its use.
 #pragma once
 #include "sm90/bwd/work.cuh"
 #include "sm90/layout.h"
 #include "sm90/ptx/registers.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashcore::sm90::bwd {
 
-// S^T becomes P^T.
+// Every key's entries become the value of their query: what the product will add to.
 template <int N>
-FC_DEVICE void exponentiate(float (&s)[N], const float* lse_log2, float scale_log2) {
-  const float2* const stats = reinterpret_cast<const float2*>(lse_log2) + threadIdx.x % 4;
+FC_DEVICE void set_columns(float (&x)[N], const float* of_queries) {
+  const float2* const pairs = reinterpret_cast<const float2*>(of_queries) + threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    float2 const lse = stats[i];
-#pragma unroll
-    for (int r = 0; r < 4; r += 2) {
-      s[i + r] = exp2_approx(__fmaf_rn(s[i + r], scale_log2, -lse.x));
-      s[i + r + 1] = exp2_approx(__fmaf_rn(s[i + r + 1], scale_log2, -lse.y));
-    }
+    float2 const pair = pairs[i];
+    x[i] = x[i + 2] = pair.x;
+    x[i + 1] = x[i + 3] = pair.y;
   }
+  pin(x);
 }
 
-// dP^T becomes dS^T.
+// S^T - lse / scale becomes P^T.
 template <int N>
-FC_DEVICE void differentiate(float (&dp)[N], const float (&p)[N], const float* delta) {
-  const float2* const stats = reinterpret_cast<const float2*>(delta) + threadIdx.x % 4;
+FC_DEVICE void exponentiate(float (&s)[N], float scale_log2) {
 #pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    float2 const d = stats[i];
+  for (float& x : s) x = exp2_approx(x * scale_log2);
+}
+
+// dP^T - delta becomes dS^T.
+template <int N>
+FC_DEVICE void differentiate(float (&dp)[N], const float (&p)[N]) {
 #pragma unroll
-    for (int r = 0; r < 4; r += 2) {
-      dp[i + r] = p[i + r] * (dp[i + r] - d.x);
-      dp[i + r + 1] = p[i + r + 1] * (dp[i + r + 1] - d.y);
-    }
-  }
+  for (int i = 0; i < N; ++i) dp[i] *= p[i];
 }
 
 // Which query rows see a thread's two keys, j and j + 8, whose ranges are eight rows apart: rows
@@ -78,13 +77,14 @@ FC_DEVICE void pack_tile(uint32_t (&packed)[N / 2], const float (&x)[N]) {
 // P^T or dS^T, 64 keys x N queries in registers -> rows of queries in one panel of shared memory,
 // from row 16 * first_patch on.
 template <int N>
-FC_DEVICE void store_transposed(char* panel, const uint32_t (&x)[N], int warp, int first_patch) {
+FC_DEVICE void store_transposed(char* panel, const uint32_t (&x)[N], int first_patch) {
+  int const thread = thread_index();
+  uint32_t const base = smem_address(panel);
 #pragma unroll
   for (int i = 0; i < N / 4; ++i)
     store_matrix_x4_transposed(
-        smem_address(panel) +
-            transposed_patch_offset(warp, static_cast<int>(threadIdx.x) % 32, first_patch + i),
-        x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+        base + transposed_patch_offset(thread % 128 / 32, thread % 32, first_patch + i), x[4 * i],
+        x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
 }
 
 }  // namespace flashcore::sm90::bwd

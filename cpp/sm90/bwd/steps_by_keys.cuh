@@ -1,9 +1,11 @@
 // The steps of a tile whose keys are divided among the consumers, 64 each (head dim up to 128).
 //
 // S^T = K Q^T and dP^T = V dO^T leave P^T and dS^T in registers as the A operands of dV and dK.
-// Only dS goes through shared memory: dQ sums over the keys of all consumers.
-//     tensor cores   dP(m) | dV(m)     | dK(m)           | dQ(m)   | S(m+1)       |
-//     other units    P(m)  | dS(m)       store dS, meet  |           dQ to memory |
+// Only dS goes through shared memory: dQ sums over the keys of all consumers. dQ comes a step late,
+// so that the consumers need not be at the same point; they stay half a step apart, where one
+// computes exponentials while the tensor cores work for the other.
+//     tensor cores   dP(m) | dV(m) | dK(m)        | dQ(m-1) | S(m+1)          |
+//     other units    P(m)  | dS(m) | dS(m) stored |         | dQ(m-1) to memory
 #pragma once
 #include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dq.cuh"
@@ -14,93 +16,128 @@ template <class T>
 struct StepsByKeys {
   using Element = typename T::Element;
   using Consumer = bwd::Consumer<T>;
+  using Step = typename Consumer::Step;
 
   FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
-    typename T::ScoreTile rS;
+    typename T::ScoreTile rS, rdP;
+    if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
     score(c, rS);
     wgmma_wait<0>();
     pin(rS);
+    set_dp(c, rdP);
     c.sh.v_ready.wait(parity);
-    int buffer = 0;
-    c.for_each_step([&](auto next, int head, int m) {
-      step<decltype(next)::value>(c, rS, buffer, head, m);
-      buffer ^= 1;
-    });
+
+    Step at = c.first_step();
+    bool first = true;
+    while (!at.last) {
+      at = step<true>(c, rS, rdP, at, first);
+      first = false;
+    }
+    step<false>(c, rS, rdP, at, first);
+    auto& rdQ = reinterpret_cast<typename T::DqTile&>(rdP);
+    wait_ds(c);
+    issue_dq(c, rdQ);
+    wgmma_wait<0>();
+    pin(rdQ);
     pin(c.rdK);
     pin(c.rdV);
+    c.release(c.sh.ds_free[c.ds.stage ^ 1]);
+    put_dq<T, 0>(c.p, c.work(), c.index, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), at.head, at.m),
+                 rdQ);
   }
 
  private:
-  // Issues S^T for the ring's stage.
+  // Issues S^T - lse / scale for the ring's stage.
   FC_DEVICE static void score(const Consumer& c, typename T::ScoreTile& rS) {
     c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
+    set_columns(rS, c.sh.minus_lse[c.ring.stage]);
     wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN>(rS, c.sh.k + 64 * c.index * kPanelBytes,
-                                                           c.sh.q[c.ring.stage]);
+    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, true>(
+        rS, c.sh.k + 64 * c.index * kPanelBytes, c.sh.q[c.ring.stage]);
+    wgmma_commit();
+  }
+  // What dP^T of the ring's stage is added to.
+  FC_DEVICE static void set_dp(const Consumer& c, typename T::ScoreTile& rdP) {
+    c.sh.dout_ready[c.ring.stage].wait(c.ring.parity);
+    set_columns(rdP, c.sh.minus_delta[c.ring.stage]);
+  }
+  // Waits for the dS that was stored last, of all consumers.
+  FC_DEVICE static void wait_ds(const Consumer& c) {
+    c.sh.ds_ready[c.ds.stage ^ 1].wait(c.ds.stage == 0 ? c.ds.parity ^ 1 : c.ds.parity);
+  }
+  // Issues its dQ.
+  FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqTile& rdQ) {
+    int const buffer = c.ds.stage ^ 1;
+    wgmma_fence();
+    gemm_ab<Element, T::kDqCols, T::kBlockN, T::kBlockM>(
+        rdQ, c.sh.ds[buffer] + dq_row<T>(c.index) * kPanelBytes,
+        c.sh.k + dq_col<T>(c.index) / kPanelCols * T::kBlockN * kPanelBytes);
     wgmma_commit();
   }
 
-  // Query block m of one head, whose S^T is complete; with kNext also the next step's S^T.
+  // The step whose S^T is complete in rS, with rdP set. With kNext there is a step after it, which
+  // is returned, and whose S^T and rdP are left behind. first: of the tile. It has no dQ of a step
+  // before to compute, but a product that is issued under a condition makes ptxas wait after all of
+  // them; so it computes one of whatever is in the buffer, and drops it.
   template <bool kNext>
-  FC_DEVICE static void step(const Consumer& c, typename T::ScoreTile& rS, int buffer, int head,
-                             int m) {
+  FC_DEVICE static Step step(const Consumer& c, typename T::ScoreTile& rS,
+                             typename T::ScoreTile& rdP, Step at, bool first) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
-    typename T::ScoreTile rdP;
     typename T::ProbTile rP, rdS;
 
-    sh.dout_ready[stage].wait(c.ring.parity);
     wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN>(rdP, sh.v + 64 * c.index * kPanelBytes,
-                                                           sh.dout[stage]);
+    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, true>(
+        rdP, sh.v + 64 * c.index * kPanelBytes, sh.dout[stage]);
     wgmma_commit();
 
-    bool const masked = c.work().masked(m);
-    if (masked) exclude(rS, c.keys(), m * T::kBlockM, -INFINITY);
-    exponentiate(rS, sh.lse_log2[stage], c.p.scale_log2);
+    if (at.masked) exclude(rS, c.keys(), at.m * T::kBlockM, -INFINITY);
+    exponentiate(rS, c.p.scale_log2);
     pack_tile<Element>(rP, rS);
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdV, rP, sh.dout[stage]);
     wgmma_commit();
+    if (first && c.index == 0) named_barrier_arrive(T::kHeadStart, T::kConsumerThreads);
 
     wgmma_wait<1>();  // dP is complete, dV may still be running
     pin(rdP);
-    differentiate(rdP, rS, sh.delta[stage]);
-    if (masked) exclude(rdP, c.keys(), m * T::kBlockM, 0.0f);
+    differentiate(rdP, rS);
+    if (at.masked) exclude(rdP, c.keys(), at.m * T::kBlockM, 0.0f);
     pack_tile<Element>(rdS, rdP);
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdK, rdS, sh.q[stage]);
     wgmma_commit();
 
-    // Nobody reads this buffer any more: everybody waited for the dQ of two steps ago before the
-    // barrier of the last step.
-    store_transposed(sh.ds[buffer] + c.index * T::kBlockM * kPanelBytes, rdS, c.warp(), 0);
+    sh.ds_free[c.ds.stage].wait(c.ds.parity ^ 1);
+    store_transposed(sh.ds[c.ds.stage] + c.index * T::kBlockM * kPanelBytes, rdS, 0);
     fence_async_shared();
-    named_barrier_sync(T::kScoresStored, T::kConsumerThreads);
+    c.release(sh.ds_ready[c.ds.stage]);
     // dQ goes where dP was: given registers of its own, it would not fit.
     auto& rdQ = reinterpret_cast<typename T::DqTile&>(rdP);
-    wgmma_fence();
-    gemm_ab<Element, T::kDqCols, T::kBlockN, T::kBlockM>(
-        rdQ, sh.ds[buffer] + dq_row<T>(c.index) * kPanelBytes,
-        sh.k + dq_col<T>(c.index) / kPanelCols * T::kBlockN * kPanelBytes);
-    wgmma_commit();
-    c.ring.advance();
-
+    if (!first) wait_ds(c);
+    issue_dq(c, rdQ);
     wgmma_wait<1>();  // all but dQ
+    c.ds.advance();
+    c.ring.advance();
     c.release(sh.free[stage]);
     if constexpr (!kNext) c.release(sh.v_free);
-    if constexpr (kNext) {
-      score(c, rS);
-      wgmma_wait<1>();  // dQ is complete, S may still be running
-    } else {
-      wgmma_wait<0>();
-    }
+    if constexpr (kNext) score(c, rS);
+    bool const new_head = at.m == c.work().first;
+    int const head = at.head - new_head, m = (new_head ? c.work().last : at.m) - 1;
+    float* const sums = dq_sums<T, 0>(c.p, c.work(), head, m);
+    Step const next = kNext ? c.step_after(at) : at;
+    wgmma_wait<kNext ? 1 : 0>();  // dQ is complete, S may still be running
     pin(rdQ);
-    put_dq<T, 0>(c.p, c.work(), c.index, head, m, rdQ);
+    if (!first) {
+      c.release(sh.ds_free[c.ds.stage]);
+      put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, rdQ);
+    }
     if constexpr (kNext) {
+      set_dp(c, rdP);
       wgmma_wait<0>();
       pin(rS);
     }
+    return next;
   }
 };
 

@@ -25,7 +25,7 @@ struct Traits {
   static constexpr int kProducerRegs = 24;
   static constexpr int kConsumerRegs = 240;
 
-  enum NamedBarrier : int { kScoresStored = 1 };  // 0 is __syncthreads
+  enum NamedBarrier : int { kMeet = 1, kHeadStart = 2 };  // 0 is __syncthreads
 
   // Of dK and dV: a consumer keeps 64 keys, or all of the tile's with a part of the columns.
   static constexpr bool kByKeys = kConfig.by_keys();
@@ -52,10 +52,11 @@ struct Traits {
     // dS, and P where registers do not hold it: rows of queries, panels of 64 keys.
     alignas(1024) char ds[2][kBlockM * kBlockN * 2];
     alignas(1024) char p[kByKeys ? 1 : 2][kByKeys ? 1024 : kBlockM * kBlockN * 2];
-    alignas(128) float lse_log2[kStages][kBlockM];
-    alignas(128) float delta[kStages][kBlockM];
+    alignas(128) float minus_lse[kStages][kBlockM];
+    alignas(128) float minus_delta[kStages][kBlockM];
     Work work;
     Barrier k_ready, v_ready, k_free, v_free;
+    Barrier ds_ready[2], ds_free[2];
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);

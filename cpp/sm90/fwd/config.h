@@ -9,7 +9,7 @@
 
 namespace flashcore::sm90::fwd {
 
-enum class Mask : uint8_t { none, causal };  // causal: any window
+enum class Mask : uint8_t { none, window };  // causal is a window
 
 struct FwdConfig {
   DType dtype;

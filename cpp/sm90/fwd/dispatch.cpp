@@ -86,6 +86,8 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (p.seqlen_k < c.from)
     return text("is for seqlen_k of at least ", c.from, ", got ", p.seqlen_k,
                 ": another kernel is faster there");
+  if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
+    return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
   if (p.out && p.out.dtype != p.dtype)
     return "out in float32 is not built for sm90 yet; on the CPU it is";
@@ -267,7 +269,7 @@ std::vector<Kernel> table() {
   std::vector<Kernel> rows;
   for (Instance const& i : kInstances) {
     FwdConfig const& c = i.config;
-    const char* const mask = c.mask == none ? "none" : "causal";
+    const char* const mask = c.mask == none ? "none" : "window";
     names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v), "-", mask,
                          c.terms ? "-terms" : "", "-", c.block_m, "x", c.block_n));
@@ -278,7 +280,7 @@ std::vector<Kernel> table() {
     info.backend = "sm90";
     info.isa = "sm_90a";
     info.dtype = dtype_name(c.dtype);
-    info.mask = c.mask == none ? "none" : "window";
+    info.mask = mask;
     info.head_dim = c.head_dim;
     info.head_dim_v = c.head_dim_v;
     info.block_m = c.block_m;

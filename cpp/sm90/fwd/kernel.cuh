@@ -134,9 +134,10 @@ struct Kernel {
 #pragma unroll
       for (float& x : rO) x = 0.0f;
       OnlineSoftmax softmax{p.scale_log2, p.headroom};
-      if (work.empty())
+      if (work.empty()) {
+        __syncwarp();  // all lanes have read `work`
         release(sh.q_free[q.stage]);
-      else
+      } else
         attend(p, sh, work, sh.q[q.stage] + 64 * consumer * kPanelBytes, sh.q_free[q.stage],
                warp_row + lane / 4, k, v, softmax, rO);
 
@@ -149,6 +150,8 @@ struct Kernel {
       if (lane % 4 == 0) store_lse(p, work, softmax, row);
     }
 
+    // The copy engine reads this block's shared memory until the last store has left.
+    if (T::kStageO && lane == 0) tma_store_wait_read();
     if (__any_sync(0xffffffffu, !(probe == 0.0f))) {
       if (lane == 0) tma_store_wait();
       __syncwarp();

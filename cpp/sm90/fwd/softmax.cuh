@@ -74,7 +74,10 @@ struct OnlineSoftmax {
       lse[r] = sum == 0.0f ? -INFINITY : row_max[r] * scale + __logf(sum);
       if (sink) {  // no branch that differs between threads: see repair.cuh
         float const s = valid[r] ? *sink : -INFINITY, hi = fmaxf(lse[r], s), lo = fminf(lse[r], s);
-        float const total = hi == -INFINITY ? hi : hi + __logf(1.0f + __expf(lo - hi));
+        float const nan = lse[r] + s;  // only if one of them is
+        float const total = nan != nan        ? nan
+                            : hi == -INFINITY ? hi
+                                              : hi + __logf(1.0f + __expf(lo - hi));
         factor[r] *= hi == -INFINITY ? 1.0f : __expf(lse[r] - total);
         lse[r] = total;
       }

@@ -34,8 +34,11 @@ struct ScoreTerms {
 
   // 1 - 2 / (e^2x + 1): its error is absolute, as small as a rounding of 1, which is what the
   // exponential of the softmax asks for.
+  // Near zero a polynomial, or a large softcap would magnify that error.
   static FC_DEVICE float tanh(float x) {
-    return 1.0f - 2.0f * rcp_approx(exp2_approx(x * 2.8853900817779268f) + 1.0f);
+    float const large = 1.0f - 2.0f * rcp_approx(exp2_approx(x * 2.8853900817779268f) + 1.0f);
+    float const small = __fmaf_rn(x * x * -0.33333333f, x, x);
+    return fabsf(x) < 0.04f ? small : large;
   }
 
   // s: this thread's share of the scores of keys from `col` on.

@@ -38,11 +38,6 @@ struct Traits {
   // Named barriers; 0 is __syncthreads. One per consumer.
   enum NamedBarrier : int { kTurn = 1 };
 
-  // The wait for O stands between the exponentials of a thread's two rows, and O is rescaled only
-  // when a maximum rose by much. At head dim 64 the exponentials are the bottleneck and O is small:
-  // there all of them come first.
-  static constexpr bool kSplitSoftmax = kHeadDimV > 64;
-
   static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
   static constexpr int kKBytes = kBlockN * kPanels * kPanelBytes;
   static constexpr int kVBytes = kBlockN * kPanelsV * kPanelBytes;

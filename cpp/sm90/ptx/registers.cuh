@@ -36,6 +36,14 @@ FC_DEVICE bool elect_one() {
 // from it live in uniform registers).
 FC_DEVICE int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
 
+// threadIdx.x, read again each time: what is worked out from it is not kept in registers between
+// uses, where there are none to spare.
+FC_DEVICE int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 FC_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

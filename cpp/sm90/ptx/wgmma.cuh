@@ -31,9 +31,9 @@ FC_DEVICE void pin(float (&r)[N]) {
 }
 
 // S (64 x N) = A B^T over kDepth columns. A: rows_a x kDepth panels in shared memory starting at
-// this warpgroup's row 0; B: rows_b x kDepth, from its first row. Both K-major. Issues, does not
-// wait.
-template <class T, int N, int kDepth, int kRowsA, int kRowsB = N>
+// this warpgroup's row 0; B: rows_b x kDepth, from its first row. Both K-major. With kAdd, S +=.
+// Issues, does not wait.
+template <class T, int N, int kDepth, int kRowsA, int kRowsB = N, bool kAdd = false>
 FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
   uint64_t const da = k_major_descriptor() | (smem_address(a) >> 4);
   uint64_t const db = k_major_descriptor() | (smem_address(b) >> 4);
@@ -42,7 +42,7 @@ FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
     int const panel = k / 4, step = k % 4;
     uint64_t const a_k = da + ((panel * kRowsA * kPanelBytes + step * 32) >> 4);
     uint64_t const b_k = db + ((panel * kRowsB * kPanelBytes + step * 32) >> 4);
-    if (k == 0)
+    if (k == 0 && !kAdd)
       Wgmma<T, N>::template ss_first<0, 0>(s, a_k, b_k);
     else
       Wgmma<T, N>::template ss<0, 0>(s, a_k, b_k);

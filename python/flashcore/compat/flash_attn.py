@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import flashcore as fc
-from flashcore.torch import attention
+from flashcore.torch import attention, explain
 
 __all__ = [
     "flash_attn_func",
@@ -215,6 +215,26 @@ def flash_attn_with_kvcache(
             filled = torch.full((q.shape[0],), filled, dtype=torch.int32, device=q.device)
         if k is not None and v is not None:
             new = k.shape[1]
+            if cache_seqlens is None:
+                raise fc.ArgumentError(f"[{name}] k and v need cache_seqlens: where to write them")
+            if new > capacity:
+                raise fc.ArgumentError(
+                    f"[{name}] k has {new} positions, the cache holds {capacity}"
+                )
+            if filled.device.type == "cpu" and bool(
+                ((filled < 0) | (filled + new > capacity)).any()
+            ):
+                raise fc.ArgumentError(
+                    f"[{name}] cache_seqlens must be within 0..{capacity - new}, the cache's "
+                    f"{capacity} positions less the {new} of k, got {filled.tolist()}"
+                )
+            plan = explain(  # a refused call leaves the cache as it was
+                q, k_cache, v_cache, scale=softmax_scale, causal=causal,
+                window_size=(window_size[0], window_size[1]), softcap=softcap,
+                alibi_slopes=alibi_slopes, seqlens_k=filled, num_splits=num_splits,
+            )  # fmt: skip
+            if not plan.kernel:
+                raise fc.UnsupportedError(f"[{name}] no kernel can run this call: {plan}")
             rows = torch.arange(q.shape[0], device=q.device)[:, None]
             places = filled[:, None] + torch.arange(new, device=q.device)
             k_cache[rows, places] = k

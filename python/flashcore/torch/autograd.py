@@ -75,7 +75,7 @@ def backward(
     if bias is not None or sinks is not None:
         options = {**options, "bias": bias, "sinks": sinks}
     # Gradients come with whatever strides the next operation left.
-    if dout.stride(-1) != 1:
+    if dout.stride(-1) != 1 or (dout.is_cuda and not _copyable(dout)):
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
@@ -83,6 +83,11 @@ def backward(
         dout, q, k, v, out, lse, options, dlse, None, None, None, False, None
     )
     return dq, dk, dv, dbias if bias is None else dbias.to(bias.dtype), dsinks
+
+
+def _copyable(t: Tensor) -> bool:
+    """Whether the GPU's copy engine can read it: 16-byte steps from a 16-byte base."""
+    return t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
 
 
 class Attention(Function):

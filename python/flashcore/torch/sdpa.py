@@ -61,9 +61,10 @@ def register_sdpa(*, strict: bool = False) -> contextlib.ExitStack:
         )
 
     name = scaled_dot_product_attention.__name__
+    before = getattr(_functional, name)  # another register_sdpa's, perhaps
     setattr(_functional, name, scaled_dot_product_attention)
     way_back = contextlib.ExitStack()
-    way_back.callback(setattr, _functional, name, _torch_sdpa)
+    way_back.callback(setattr, _functional, name, before)
     return way_back
 
 

@@ -15,7 +15,17 @@ constexpr int kNoWork = -2;
 
 template <int kStages>
 struct Backward : Machine {
-  enum BarrierId { k_ready, v_ready, k_free, v_free, met, stages };
+  enum BarrierId {
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    met,
+    head_start,
+    ds_ready,
+    ds_free = 8,
+    stages = 10
+  };
   static constexpr int q_ready(int s) { return stages + s; }
   static constexpr int dout_ready(int s) { return stages + kStages + s; }
   static constexpr int free_(int s) { return stages + 2 * kStages + s; }
@@ -34,7 +44,7 @@ struct Backward : Machine {
   Backward(bool by_keys, const std::vector<int>& steps) {
     for (int b = 0; b < stages + 3 * kStages; ++b) {
       bool const ready = b == k_ready || b == v_ready || (b >= stages && b < free_(0));
-      barriers.emplace_back(ready ? 1 : kWarps);
+      barriers.emplace_back(ready ? 1 : b == head_start ? kWarps / 2 : kWarps);
     }
     buffers.resize(ds(4, 0));
     programs.push_back(producer(steps));
@@ -88,7 +98,8 @@ struct Backward : Machine {
     int index;
     Program out;
     Ring<kStages> ring = Ring<kStages>::consumer();
-    uint32_t meetings = 0;
+    Ring<2> parts = Ring<2>::consumer();  // the buffer of dS that is written next
+    uint32_t meetings = 0, tiles_begun = 0;
 
     void wait(int barrier, uint32_t parity) { out.push_back({Op::wait, barrier, -1, parity}); }
     void arrive(int barrier) { out.push_back({Op::arrive, barrier}); }
@@ -142,33 +153,55 @@ struct Backward : Machine {
         begin(reads);
         return reads;
       };
+      auto wait_ds = [&] {
+        wait(ds_ready + (parts.stage ^ 1), parts.stage == 0 ? parts.parity ^ 1 : parts.parity);
+      };
+      auto dq_of = [&](int i) { return join({sK, all(ds, parts.stage ^ 1, value(t, i, 4))}); };
+      bool const ahead = index < kWarps / 2;
+      if (!ahead) wait(head_start, tiles_begun % 2);
+      ++tiles_begun;
       end(score(0));
+      wait(dout_ready(ring.stage), ring.parity);
       wait(v_ready, parity);
       for (int i = 0; i < steps; ++i) {
-        int const stage = ring.stage, buffer = i % 2;
-        wait(dout_ready(stage), ring.parity);
+        bool const first = i == 0, next = i + 1 < steps;
+        int const stage = ring.stage;
         auto const dp = join({sV, sdO(i)}), dv = sdO(i), dk = sQ(i);
         begin(dp);
         begin(dv);
+        if (first && ahead) arrive(head_start);
         end(dp);
-        if (i + 1 == steps) arrive(v_free);
         begin(dk);
-        write(ds(buffer, index), value(t, i, 4));
-        meet();
-        auto const dq = join({sK, all(ds, buffer, value(t, i, 4))});
-        begin(dq);
-        ring.advance();
+        wait(ds_free + parts.stage, parts.parity ^ 1);
+        write(ds(parts.stage, index), value(t, i, 4));
+        arrive(ds_ready + parts.stage);
+        std::vector<Read> dq;
+        if (!first) {
+          wait_ds();
+          begin(dq = dq_of(i - 1));
+        }
         end(dv);
         end(dk);
+        parts.advance();
+        ring.advance();
         arrive(free_(stage));
-        if (i + 1 < steps) {
-          auto const s = score(i + 1);
+        if (!next) arrive(v_free);
+        std::vector<Read> s;
+        if (next) s = score(i + 1);
+        if (!first) {
           end(dq);
+          arrive(ds_free + parts.stage);
+        }
+        if (next) {
+          wait(dout_ready(ring.stage), ring.parity);
           end(s);
-        } else {
-          end(dq);
         }
       }
+      wait_ds();
+      auto const dq = dq_of(steps - 1);
+      begin(dq);
+      end(dq);
+      arrive(ds_free + (parts.stage ^ 1));
     }
 
     void steps_by_columns(int t, int steps, uint32_t parity) {
@@ -238,19 +271,29 @@ TEST("no order of events deadlocks, overwrites or reads stale data") {
   }
 }
 
-TEST("the model notices one buffer of dS instead of two") {
+TEST("the model notices a buffer of dS that is overwritten too early") {
   std::mt19937 random(2);
-  for (bool by_keys : {true, false})
-    CHECK(caught(
-        [&] {
-          Backward<2> machine(by_keys, {5});
-          for (Program& program : machine.programs)
-            for (Op& op : program)
-              if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
-                op.buffer -= kWarps;
-          return machine;
-        },
-        random));
+  CHECK(caught(
+      [] {
+        Backward<2> machine(true, {5});
+        for (Program& program : machine.programs)
+          for (Op& op : program)  // waits for a phase that is always over
+            if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_free &&
+                op.barrier < Backward<2>::stages)
+              op = {Op::wait, Backward<2>::k_free, -1, 1};
+        return machine;
+      },
+      random));
+  CHECK(caught(
+      [] {
+        Backward<2> machine(false, {5});
+        for (Program& program : machine.programs)
+          for (Op& op : program)
+            if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
+              op.buffer -= kWarps;
+        return machine;
+      },
+      random));
 }
 
 TEST("the model notices a stage released before dK has read it") {

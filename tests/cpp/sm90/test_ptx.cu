@@ -110,8 +110,9 @@ void box_lands_swizzled(int rows, int cols, int box_rows, int row, int col) {
 // ---- wgmma
 // ----------------------------------------------------------------------------------------
 
-// S (64 x N) = A B^T, A: 64 x kDepth, B: N x kDepth, through the same panels as the kernels.
-template <class T, int N, int kDepth>
+// S (64 x N) = A B^T, or 1 + A B^T with kAdd; A: 64 x kDepth, B: N x kDepth, through the same
+// panels as the kernels.
+template <class T, int N, int kDepth, bool kAdd>
 __global__ void run_abt(const __grid_constant__ CUtensorMap a,
                         const __grid_constant__ CUtensorMap b, float* out) {
   extern __shared__ __align__(1024) char smem[];
@@ -130,8 +131,10 @@ __global__ void run_abt(const __grid_constant__ CUtensorMap a,
   __syncthreads();
   ready.wait(0);
   float s[N / 2];
+  for (float& x : s) x = 1.0f;
+  pin(s);
   wgmma_fence();
-  gemm_abt<T, N, kDepth, 64>(s, sA, sB);
+  gemm_abt<T, N, kDepth, 64, N, kAdd>(s, sA, sB);
   wgmma_commit();
   wgmma_wait<0>();
   pin(s);
@@ -141,21 +144,21 @@ __global__ void run_abt(const __grid_constant__ CUtensorMap a,
   }
 }
 
-template <class T, int N, int kDepth>
+template <class T, int N, int kDepth, bool kAdd = false>
 void abt_is_exact() {
   auto const a = matrix<T>(64, kDepth);
   auto const b = matrix<T>(N, kDepth);
   DeviceArray<T> const da(a), db(b);
   DeviceArray<float> out(64 * N);
   int const bytes = (64 + N) * kDepth * 2;
-  allow_shared(run_abt<T, N, kDepth>, bytes);
-  run_abt<T, N, kDepth><<<1, 128, bytes>>>(matrix_map(da.data, 64, kDepth, 64),
-                                           matrix_map(db.data, N, kDepth, N), out.data);
+  allow_shared(run_abt<T, N, kDepth, kAdd>, bytes);
+  run_abt<T, N, kDepth, kAdd><<<1, 128, bytes>>>(matrix_map(da.data, 64, kDepth, 64),
+                                                 matrix_map(db.data, N, kDepth, N), out.data);
   finish();
   auto const got = out.host();
   for (int r = 0; r < 64; ++r)
     for (int c = 0; c < N; ++c) {
-      float want = 0;
+      float want = kAdd;
       for (int k = 0; k < kDepth; ++k)
         want += static_cast<float>(a[r * kDepth + k]) * static_cast<float>(b[c * kDepth + k]);
       CHECK_EQ(got[r * N + c], want);
@@ -380,6 +383,7 @@ TEST("S = A B^T is exact for every shape that is generated") {
   abt_is_exact<__nv_bfloat16, 176, 128>();
   abt_is_exact<__nv_bfloat16, 80, 256>();
   abt_is_exact<__nv_bfloat16, 64, 64>();
+  abt_is_exact<__nv_bfloat16, 64, 128, true>();
   abt_is_exact<__half, 128, 64>();
   abt_is_exact<__half, 128, 128>();
   abt_is_exact<__half, 176, 128>();

@@ -1,0 +1,303 @@
+"""The Hopper backward kernels, with torch tensors, against the float64 reference.
+
+Each test has a time limit of its own (conftest.py), so that a kernel that hangs ends the run.
+"""
+
+import cases
+import numpy as np
+import pytest
+from cases import Case
+
+import flashcore as fc
+from flashcore import reference
+from flashcore.testing import assert_grads_close_to_reference
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+DIMS = [64, 128, 256]  # one per kernel
+
+
+def on_gpu(x: np.ndarray) -> "torch.Tensor":
+    """The same values in the same strides."""
+    if x.dtype == np.float32:
+        return torch.from_numpy(x).cuda()
+    raw = x.view(np.int16)
+    t = torch.empty_strided(x.shape, [s // 2 for s in x.strides], dtype=torch.int16, device="cuda")
+    t.copy_(torch.from_numpy(np.ascontiguousarray(raw)))
+    return t.view(torch.bfloat16 if x.dtype.name == "bfloat16" else torch.float16)
+
+
+class Call:
+    """A case's arrays on the GPU, with out and lse from the float64 reference."""
+
+    def __init__(self, case: Case, **options):
+        self.arrays = case.arrays()
+        self.options = case.options() | options
+        self.dtype = self.arrays["q"].dtype
+        exact = reference.attention(
+            *(self.arrays[name] for name in "qkv"), precision=np.float64, **self.options
+        )
+        self.tensors = {name: on_gpu(self.arrays[name]) for name in ("q", "k", "v", "dout")}
+        self.tensors["out"] = on_gpu(exact.out.astype(self.dtype))
+        self.tensors["lse"] = on_gpu(exact.lse.astype(np.float32))
+
+    def run(self, **more) -> fc.Grads:
+        t = self.tensors
+        grads = fc.attention_backward(
+            t["dout"], t["q"], t["k"], t["v"], t["out"], t["lse"], **self.options, **more
+        )
+        torch.cuda.synchronize()
+        return grads
+
+    def check(self, grads: fc.Grads, **more) -> None:
+        a = self.arrays
+        assert_grads_close_to_reference(
+            grads, a["dout"], a["q"], a["k"], a["v"], **self.options, **more
+        )
+
+
+@pytest.mark.parametrize("case", cases.SM90, ids=str)
+def test_matches_reference(case):
+    call = Call(case)
+    grads = call.run(dlse=on_gpu(call.arrays["dlse"].astype(np.float32)))
+    assert all(g.is_cuda for g in grads[:3])
+    call.check(grads, dlse=call.arrays["dlse"].astype(np.float32))
+
+
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize(
+    "window", [(None, 37), (None, -5), (100, 0), (5, 9), (0, 0), (200, None)], ids=str
+)
+def test_windows(d, window):
+    call = Call(Case("window", dtype="bf16", b=1, q=500, k=450, d=d), window_size=window)
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("q_offset", [-50, 0, 40, 1000])
+def test_offset_of_the_diagonal(d, q_offset):
+    call = Call(Case("q_offset", dtype="bf16", b=1, q=300, k=290, d=d, causal=True))
+    call.options["q_offset"] = q_offset
+    call.tensors.update(Call(Case("", dtype="bf16", b=1, q=300, k=290, d=d, causal=True)).tensors)
+    exact = reference.attention(
+        *(call.arrays[name] for name in "qkv"), precision=np.float64, **call.options
+    )
+    call.tensors["out"] = on_gpu(exact.out.astype(call.dtype))
+    call.tensors["lse"] = on_gpu(exact.lse.astype(np.float32))
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_many_tiles(d):
+    """More key tiles than the GPU has multiprocessors, and many heads that share a key head."""
+    call = Call(Case("many", dtype="bf16", b=3, q=260, k=1500, h=(12, 6), d=d, causal=True))
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_dk_and_dv_are_the_same_bits_every_time(d):
+    call = Call(Case("twice", dtype="bf16", q=700, k=900, h=(4, 2), d=d, causal=True))
+    first = call.run()
+    for _ in range(20):
+        again = call.run()
+        assert torch.equal(first.dk, again.dk) and torch.equal(first.dv, again.dv)
+
+
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("h", [(4, 4), (6, 2)], ids=str)
+def test_deterministic(d, causal, h):
+    call = Call(Case("repeat", dtype="bf16", q=700, k=900, h=h, d=d, causal=causal))
+    first = call.run(deterministic=True)
+    call.check(first)
+    for _ in range(30):
+        again = call.run(deterministic=True)
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
+
+
+def test_deterministic_writes_dq_where_no_key_tile_comes():
+    call = Call(Case("above", dtype="bf16", q=900, k=130, d=128, causal=True))
+    dq = torch.full_like(call.tensors["q"], 7.0)
+    grads = call.run(deterministic=True, dq=dq)
+    assert (dq[:, : 900 - 130] == 0).all()
+    call.check(grads)
+    before = dq.clone()
+    call.run(deterministic=True, accumulate=True, dq=dq)
+    assert torch.equal(dq[:, : 900 - 130], before[:, : 900 - 130])
+
+
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulate_adds(d, dtype):
+    call = Call(Case("accumulate", dtype="bf16", d=d, causal=True))
+    plain = call.run()
+    into = {f"d{name}": torch.full_like(call.tensors[name], 3.0, dtype=dtype) for name in "qkv"}
+    grads = call.run(accumulate=True, **into)
+    for name, plain_grad in zip(("dq", "dk", "dv"), plain):
+        assert getattr(grads, name) is into[name]
+        error = (into[name].float() - 3 - plain_grad.float()).abs().max().item()
+        assert error < 0.05 if dtype == torch.bfloat16 else error < 0.02
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_float32_gradients(d):
+    call = Call(Case("float32", dtype="bf16", d=d, causal=True))
+    into = {f"d{name}": torch.empty_like(call.tensors[name], dtype=torch.float32) for name in "qkv"}
+    call.check(call.run(**into))
+
+
+@pytest.mark.parametrize("d", [*DIMS, 40, 136])
+def test_nothing_is_written_outside_the_gradients(d):
+    """Canaries before, after and between the rows."""
+    call = Call(Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True))
+    plain = call.run()
+    into, rooms = {}, {}
+    for name in "qkv":
+        b, s, h, _ = call.tensors[name].shape
+        room = torch.full((b, s + 2, h + 2, d + 8), 7.0, device="cuda", dtype=torch.bfloat16)
+        rooms[name] = room
+        into["d" + name] = room[:, 1:-1, 1:-1, :d]
+    grads = call.run(**into)
+    assert torch.equal(grads.dk, plain.dk) and torch.equal(grads.dv, plain.dv)
+    call.check(grads)
+    for name in "qkv":
+        into["d" + name].fill_(7.0)
+        assert (rooms[name] == 7).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_around_the_inputs_reaches_nothing(poison):
+    """Rows before and after, and the columns beyond head_dim that a tile of 64 would load."""
+    call = Call(Case("poison", dtype="bf16", q=130, k=150, d=40, causal=True))
+    for name in ("q", "k", "v", "dout", "out"):
+        x = call.tensors[name]
+        b, s, h, d = x.shape
+        room = torch.full((b, s + 64, h, 64), poison, device="cuda", dtype=x.dtype)
+        call.tensors[name] = room[:, 32 : 32 + s, :, :d]
+        call.tensors[name].copy_(x)
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_rows_that_see_no_key_have_gradient_zero(d):
+    call = Call(Case("above", dtype="bf16", q=400, k=130, d=d, causal=True))
+    grads = call.run()
+    assert (grads.dq[:, : 400 - 130] == 0).all()
+    call.check(grads)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_expanded_dout_is_read_in_place(dims):
+    call = Call(Case("expanded", dtype="bf16", q=200, k=200, d=128))
+    one = call.tensors["dout"]
+    for dim in dims:
+        one = one.narrow(dim, 0, 1)
+    call.tensors["dout"] = one.expand_as(call.tensors["out"])
+    host = call.arrays["dout"]
+    index = tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(4))
+    call.arrays["dout"] = np.ascontiguousarray(np.broadcast_to(host[index], host.shape))
+    call.check(call.run())
+
+
+def test_scores_about_minus_120():
+    case = Case("negative", dtype="bf16", q=130, k=191, d=64)
+    arrays = case.arrays()
+    q = (arrays["q"].astype(np.float32) * 0.1 + 1).astype(case.np_dtype)
+    k = (arrays["k"].astype(np.float32) * 0.3 - 120 / 64).astype(case.np_dtype)
+    t = {name: on_gpu(x) for name, x in {**arrays, "q": q, "k": k}.items() if name in "qkv"}
+    result = fc.attention(*t.values(), scale=1.0, return_lse=True)
+    assert (result.lse < -100).all()
+    grads = fc.attention_backward(
+        on_gpu(arrays["dout"]), t["q"], t["k"], t["v"], result.out, result.lse, scale=1.0
+    )
+    assert_grads_close_to_reference(grads, arrays["dout"], q, k, arrays["v"], scale=1.0)
+
+
+def test_side_stream():
+    """Work goes to torch's current stream: it sees what was made there, in order."""
+    call = Call(Case("stream", dtype="bf16", q=512, k=512, d=128, h=(8, 8)))
+    want = call.run()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late = call.tensors["q"].clone()
+        call.tensors["q"] = late
+        t = call.tensors
+        got = fc.attention_backward(t["dout"], late, t["k"], t["v"], t["out"], t["lse"])
+    stream.synchronize()
+    assert torch.equal(got.dk, want.dk) and torch.equal(got.dv, want.dv)
+
+
+def test_cuda_graph_capture_and_replay():
+    call = Call(Case("graph", dtype="bf16", q=256, k=256, d=64, h=(4, 4)))
+    into = {f"d{name}": torch.empty_like(call.tensors[name]) for name in "qkv"}
+    call.run(**into)
+    t = call.tensors
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fc.attention_backward(t["dout"], t["q"], t["k"], t["v"], t["out"], t["lse"], **into)
+    t["dout"].mul_(0.5)
+    expected = call.run()
+    for x in into.values():
+        x.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(into["dk"], expected.dk) and torch.equal(into["dv"], expected.dv)
+
+
+def test_gradients_that_are_not_asked_for_are_not_written():
+    call = Call(Case("dv alone", dtype="bf16", q=300, k=300, d=128, causal=True))
+    want = call.run()
+    for name in ("dq", "dk", "dv"):
+        like = call.tensors[name[1]]
+        grads = call.run(**{name: torch.empty_like(like)})
+        if name != "dq":
+            assert torch.equal(getattr(grads, name), getattr(want, name))
+
+
+UNBUILT = {
+    "softcap": {"softcap": 1.0},
+    "dropout": {"dropout_p": 0.5, "rng": (1, 2)},
+    "bias": {"bias": (1, 1, 1, 64)},
+    "sinks": {"sinks": (2,)},
+    "alibi": {"alibi_slopes": (2,)},
+    "seqlens": {"seqlens_k": (1,)},
+}
+
+
+@pytest.mark.parametrize("options", UNBUILT.values(), ids=[*UNBUILT])
+def test_what_is_not_built_is_refused_or_right(options):
+    """Never silently something else: an error that says so, or the reference's result."""
+    call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64))
+    make = {"seqlens_k": lambda s: np.array([40], np.int32)}
+    host = {
+        name: make.get(name, lambda s: np.ones(s, np.float32))(x)
+        if name in ("bias", "sinks", "alibi_slopes", "seqlens_k")
+        else x
+        for name, x in options.items()
+    }
+    device = {
+        name: torch.from_numpy(x).cuda() if isinstance(x, np.ndarray) else x
+        for name, x in host.items()
+    }
+    try:
+        grads = call.run(**device)
+    except fc.UnsupportedError as e:
+        assert "sm90" in str(e) and len(str(e)) > 40
+        return
+    call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64), **host)
+    call.options = call.options | device
+    grads = call.run()
+    call.options = call.options | host
+    call.check(grads)
+
+
+def test_float32_out_or_dout_is_refused_by_name():
+    call = Call(Case("wide", dtype="bf16", d=64))
+    for name in ("out", "dout"):
+        narrow = call.tensors[name]
+        call.tensors[name] = narrow.float()
+        with pytest.raises(fc.UnsupportedError, match=name):
+            call.run()
+        call.tensors[name] = narrow
