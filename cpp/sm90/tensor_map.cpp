@@ -29,6 +29,8 @@ std::string misfit(const Problem& p, DType dtype, int head_dim, int head_dim_v) 
                   round_up<int64_t>(d.size, 8));
     if (d.size > d.largest) return text("takes a ", d.name, " up to ", d.largest, ", got ", d.size);
   }
+  if (max_of(p.seqlen_q, p.seqlen_k) > kLongest)
+    return text("takes sequences of up to ", kLongest, " rows");
   return {};
 }
 

@@ -8,8 +8,11 @@
 
 namespace flashcore::sm90 {
 
-// Empty if the device, the dtype and the head dims fit a kernel for `dtype` and head dims up to
-// `head_dim` (q, k) and `head_dim_v`; else why not.
+// Longer sequences would overflow the 32-bit positions that a kernel's Work holds.
+inline constexpr int64_t kLongest = int64_t{1} << 29;
+
+// Empty if the device, the dtype, the lengths and the head dims fit a kernel for `dtype` and head
+// dims up to `head_dim` (q, k) and `head_dim_v`; else why not.
 std::string misfit(const Problem& p, DType dtype, int head_dim, int head_dim_v);
 
 // The copy engine wants 16-byte aligned bases and strides. Empty if it can take the tensor; else

@@ -63,7 +63,7 @@ struct alignas(16) Work {
   }
 
   // The query blocks of key tile n; none if there is no such tile. Rows past the end count: their
-  // lse is +inf, so they need no mask.
+  // -lse is -inf, so they need no mask.
   static FC_HD constexpr tile::BlockRange rows_of(const BwdParams& p, int64_t n, int64_t q_offset,
                                                   int block_m, int block_n) {
     if (n < 0) return {};

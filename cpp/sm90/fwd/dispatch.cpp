@@ -19,9 +19,6 @@ namespace {
 // two halves that may both hold a line).
 constexpr int64_t kL2Budget = int64_t{32} << 20;
 
-// Longer ones would overflow what a tile knows about itself (work.cuh).
-constexpr int64_t kLongest = int64_t{1} << 29;
-
 constexpr double kLog2E = 1.4426950408889634;
 
 // What a tile costs besides its key blocks, in key blocks: the first product, the last, the store.
@@ -81,8 +78,6 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (std::string why = unbuilt(p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.mask == none && !p.window.open()) return "has no causal mask and no window";
-  if (max_of(p.seqlen_q, p.seqlen_k) > kLongest)
-    return text("takes sequences of up to ", kLongest, " rows");
   if (p.seqlen_k < c.from)
     return text("is for seqlen_k of at least ", c.from, ", got ", p.seqlen_k,
                 ": another kernel is faster there");
