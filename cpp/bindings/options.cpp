@@ -206,6 +206,13 @@ void Call::read_block_mask(nb::handle value) {
       read_int32(session.call, "block_mask.block[0]", PyTuple_GetItem(block.ptr(), 0));
   block_mask_.block_k =
       read_int32(session.call, "block_mask.block[1]", PyTuple_GetItem(block.ptr(), 1));
+  nb::object const lengths = nb::steal(pair_or_null(nb::getattr(value, "lengths", nb::none())));
+  if (lengths) {
+    block_mask_.seqlen_q =
+        read_int(session.call, "block_mask.lengths[0]", PyTuple_GetItem(lengths.ptr(), 0));
+    block_mask_.seqlen_k =
+        read_int(session.call, "block_mask.lengths[1]", PyTuple_GetItem(lengths.ptr(), 1));
+  }
   auto array = [&](Tensor& tensor, const char* name, const char* attribute) {
     block_mask_arrays_.emplace_back(nb::getattr(value, attribute, nb::none()));
     return read_array(tensor, name, block_mask_arrays_.back());

@@ -57,12 +57,15 @@ typedef enum flashcore_align { FLASHCORE_BOTTOM_RIGHT = 0, FLASHCORE_TOP_LEFT = 
  *   q_num_blocks   (B, H, kv_blocks)               the transpose: needed by backward
  *   q_indices      (B, H, kv_blocks, capacity)
  * q_blocks = ceil(seqlen_q / block_q), kv_blocks = ceil(seqlen_k / block_k). Entries past the
- * count are ignored. */
+ * count are ignored. seqlen_q, seqlen_k: the lengths it was made for, which a call that is not
+ * packed must have; 0 = any with as many blocks. */
 typedef struct flashcore_block_mask {
   uint32_t struct_size;
   int32_t block_q;
   int32_t block_k;
   int32_t reserved;
+  int64_t seqlen_q;
+  int64_t seqlen_k;
   const DLTensor* kv_num_blocks;
   const DLTensor* kv_indices;
   const DLTensor* q_num_blocks;

@@ -177,6 +177,7 @@ struct Rng {
 struct BlockMask {
   std::int32_t block_q = 0;
   std::int32_t block_k = 0;
+  std::int64_t seqlen_q = 0, seqlen_k = 0;
   ConstTensorView kv_num_blocks{};
   ConstTensorView kv_indices{};
   ConstTensorView q_num_blocks{};
@@ -316,6 +317,8 @@ class Call {
     if (a.block_mask) {
       block_mask_.block_q = a.block_mask->block_q;
       block_mask_.block_k = a.block_mask->block_k;
+      block_mask_.seqlen_q = a.block_mask->seqlen_q;
+      block_mask_.seqlen_k = a.block_mask->seqlen_k;
       block_mask_.kv_num_blocks = tensor(a.block_mask->kv_num_blocks);
       block_mask_.kv_indices = tensor(a.block_mask->kv_indices);
       block_mask_.q_num_blocks = tensor(a.block_mask->q_num_blocks);

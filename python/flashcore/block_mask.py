@@ -41,7 +41,8 @@ class BlockMask:
     block : (int, int)
         Rows and keys in a block.
     shape : (int, int), optional
-        seqlen_q and seqlen_k, for `to_dense`; default: whole blocks.
+        seqlen_q and seqlen_k. A call that is not packed must have these lengths. Default: whole
+        blocks, and calls of any length with as many blocks may use it.
 
     Raises
     ------
@@ -54,7 +55,15 @@ class BlockMask:
     arrays; `map` moves them. Field names follow PyTorch's FlexAttention.
     """
 
-    __slots__ = ("block", "kv_indices", "kv_num_blocks", "q_indices", "q_num_blocks", "shape")
+    __slots__ = (
+        "block",
+        "kv_indices",
+        "kv_num_blocks",
+        "lengths",
+        "q_indices",
+        "q_num_blocks",
+        "shape",
+    )
 
     def __init__(
         self,
@@ -85,7 +94,8 @@ class BlockMask:
             )
         blocks = (int(kv_num_blocks.shape[2]), int(q_num_blocks.shape[2]))
         whole = (blocks[0] * self.block[0], blocks[1] * self.block[1])
-        self.shape = whole if shape is None else seqlens("BlockMask", shape)
+        self.lengths = None if shape is None else seqlens("BlockMask", shape)
+        self.shape = self.lengths or whole
         expected = block_patterns.block_counts(self.shape, self.block)
         if expected != blocks:
             raise ArgumentError(
@@ -265,7 +275,7 @@ class BlockMask:
             function(self.q_num_blocks),
             function(self.q_indices),
             self.block,
-            self.shape,
+            self.lengths,
         )
 
     def to_blocks(self) -> Bools:

@@ -313,6 +313,12 @@ TEST("block masks") {
   count.data[0] = 4;
   refuses(with_mask, {"block_mask.kv_num_blocks[0,0,0] must be in 0..3, got 4"});
   count.data[0] = 2;
+  int64_t const seqlen_q = validate(&good.args, run).seqlen_q;
+  m.seqlen_q = seqlen_q - 1;
+  m.seqlen_k = validate(&good.args, run).seqlen_k;
+  refuses(with_mask, {"block_mask is for seqlen_q", "make one for these lengths"});
+  m.seqlen_q = seqlen_q;
+  CHECK_EQ(validate(&good.args, run).block_q, 2);
   m.struct_size = sizeof m + 8;
   refuses(with_mask, {"block_mask.struct_size"});
 }

@@ -169,6 +169,10 @@ TENSORS = {
         {"block_mask": fc.BlockMask.from_dense(np.ones((1, 3, SQ, SK), bool), block=(16, 16))},
         "block_mask.kv_num_blocks must have shape",
     ),
+    "a block mask for a query less": (
+        {"block_mask": fc.BlockMask.from_dense(np.ones((SQ - 1, SK), bool), block=(64, 64))},
+        "block_mask is for seqlen_q",
+    ),
     "a block mask that is none": ({"block_mask": np.ones((1, 1), bool)}, "block_mask"),
 }
 

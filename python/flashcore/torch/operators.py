@@ -33,6 +33,7 @@ _FIELDS = {
     "q_num_blocks": "Tensor?",
     "q_indices": "Tensor?",
     "block": "SymInt[]?",
+    "block_lengths": "SymInt[]?",
     "layout": "str?",
     "scale": "float?",
     "causal": "bool?",
@@ -67,6 +68,7 @@ def spread(options: dict[str, Any]) -> list[Any]:
     block_mask = given.pop("block_mask", None)
     if block_mask is not None:
         given["block"] = block_mask.block
+        given["block_lengths"] = block_mask.lengths
         for name in _BLOCK_LISTS:
             given[name] = torch.as_tensor(getattr(block_mask, name))
     unknown = given.keys() - _FIELDS.keys()
@@ -83,7 +85,9 @@ def gathered(values: tuple[Any, ...]) -> dict[str, Any]:
             options[name] = options.pop(name + "_tensor")
     if "block" in options:
         lists = {name: options.pop(name) for name in _BLOCK_LISTS}
-        options["block_mask"] = fc.BlockMask(**lists, block=options.pop("block"))
+        options["block_mask"] = fc.BlockMask(
+            **lists, block=options.pop("block"), shape=options.pop("block_lengths", None)
+        )
     return options
 
 
