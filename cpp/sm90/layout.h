@@ -44,6 +44,20 @@ FC_HD constexpr uint32_t transposed_patch_offset(int warp, int lane, int patch) 
                          static_cast<uint32_t>(2 * warp + lane / 8 % 2));
 }
 
+// A box of rows that stops where a sequence does: what lies behind it may be another sequence's, or
+// padding, and hold NaN. The copy engine fills with zeros what is outside the tensor, so it is told
+// of a tensor with its rows twice, (columns, box, rows + 1, ...), both with the stride of a row and
+// from `box` rows before the first one: element (c, r, s) is row r + s - box. A box at
+// (0, skipped, end) then holds `valid` rows, the last of which is row end - 1, and runs out of the
+// second dimension where they end.
+struct RowWindow {
+  int skipped, end;
+};
+FC_HD constexpr RowWindow row_window(int box, int row, int valid) {
+  int const rows = min_of(box, valid);
+  return {box - rows, row + rows};
+}
+
 // wgmma matrix descriptors, without the address (bits 0..13: address / 16).
 //   bits 16..29 leading byte offset / 16, 32..45 stride byte offset / 16, 62..63 = 1: 128-B swizzle
 //

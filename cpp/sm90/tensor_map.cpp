@@ -5,6 +5,11 @@
 namespace flashcore::sm90 {
 namespace {
 
+uint64_t u(int64_t n) { return static_cast<uint64_t>(n); }
+
+// Of a dimension: any legal stride where there is only one index.
+uint64_t stride_bytes(int64_t extent, int64_t stride) { return u(extent > 1 ? stride * 2 : 16); }
+
 bool is_hopper(int device) {
   auto const devices = cuda::devices();
   return device >= 0 && device < static_cast<int>(devices.size()) && devices[device].major == 9;
@@ -54,17 +59,29 @@ std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t
 
 CUtensorMap tensor_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
                        int64_t batch, int box_rows) {
-  auto bytes = [](int64_t extent, int64_t stride) {
-    return static_cast<uint64_t>(extent > 1 ? stride * 2 : 16);  // any legal stride: never used
-  };
-  auto u = [](int64_t n) { return static_cast<uint64_t>(n); };
   return cuda::encode_tensor_map(
       {r.data,
        dtype == DType::bf16,
        4,
        {u(cols), u(rows), u(heads), u(batch)},
-       {bytes(rows, r.row_stride), bytes(heads, r.head_stride), bytes(batch, r.batch_stride)},
+       {stride_bytes(rows, r.row_stride), stride_bytes(heads, r.head_stride),
+        stride_bytes(batch, r.batch_stride)},
        {64, static_cast<uint32_t>(box_rows), 1, 1}});
+}
+
+CUtensorMap row_window_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
+                           int64_t batch, int box_rows) {
+  uint64_t const row = stride_bytes(rows, r.row_stride);
+  // An address that need not exist: no box comes that far down.
+  void* const base =
+      reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(r.data) - u(box_rows) * row);
+  return cuda::encode_tensor_map(
+      {base,
+       dtype == DType::bf16,
+       5,
+       {u(cols), u(box_rows), u(rows + 1), u(heads), u(batch)},
+       {row, row, stride_bytes(heads, r.head_stride), stride_bytes(batch, r.batch_stride)},
+       {64, static_cast<uint32_t>(box_rows), 1, 1, 1}});
 }
 
 }  // namespace flashcore::sm90

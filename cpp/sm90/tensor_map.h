@@ -25,4 +25,8 @@ std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t
 CUtensorMap tensor_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
                        int64_t batch, int box_rows);
 
+// The same for boxes that stop where a sequence does: see row_window() in layout.h.
+CUtensorMap row_window_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
+                           int64_t batch, int box_rows);
+
 }  // namespace flashcore::sm90

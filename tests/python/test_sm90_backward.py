@@ -7,6 +7,8 @@ import cases
 import numpy as np
 import pytest
 from cases import Case
+from gpu import on_gpu
+from test_sm90_forward import PACKED, PLAIN, VARIANTS, random_case
 
 import flashcore as fc
 from flashcore import reference
@@ -15,17 +17,8 @@ from flashcore.testing import assert_grads_close_to_reference
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-DIMS = [64, 128, 256]  # one per kernel
-
-
-def on_gpu(x: np.ndarray) -> "torch.Tensor":
-    """The same values in the same strides."""
-    if x.dtype == np.float32:
-        return torch.from_numpy(x).cuda()
-    raw = x.view(np.int16)
-    t = torch.empty_strided(x.shape, [s // 2 for s in x.strides], dtype=torch.int16, device="cuda")
-    t.copy_(torch.from_numpy(np.ascontiguousarray(raw)))
-    return t.view(torch.bfloat16 if x.dtype.name == "bfloat16" else torch.float16)
+DIMS = [64, 128, 256]
+NAN, INF = float("nan"), float("inf")
 
 
 class Call:
@@ -42,10 +35,16 @@ class Call:
         self.tensors["out"] = on_gpu(exact.out.astype(self.dtype))
         self.tensors["lse"] = on_gpu(exact.lse.astype(np.float32))
 
+    def poison(self, which: str, rows, value: float) -> None:
+        """Rows of queries ("q") or of keys ("k"), in every input that has them."""
+        for name in {"q": ("q", "dout", "out"), "k": ("k", "v")}[which]:
+            self.tensors[name][rows] = value
+
     def run(self, **more) -> fc.Grads:
         t = self.tensors
+        options = {name: on_gpu(x) for name, x in self.options.items()}
         grads = fc.attention_backward(
-            t["dout"], t["q"], t["k"], t["v"], t["out"], t["lse"], **self.options, **more
+            t["dout"], t["q"], t["k"], t["v"], t["out"], t["lse"], **options, **more
         )
         torch.cuda.synchronize()
         return grads
@@ -55,6 +54,62 @@ class Call:
         assert_grads_close_to_reference(
             grads, a["dout"], a["q"], a["k"], a["v"], **self.options, **more
         )
+
+
+def check(case: Case) -> None:
+    """Against the definition in float64, with the gradient of lse; and in a fixed order."""
+    call = Call(case)
+    dlse = call.arrays["dlse"].astype(np.float32)
+    grads = call.run(dlse=on_gpu(dlse))
+    assert all(g is None or g.is_cuda for g in grads)
+    call.check(grads, dlse=dlse)
+    first = call.run(deterministic=True, dlse=on_gpu(dlse))
+    call.check(first, dlse=dlse)
+    assert_same_bits(first, call.run(deterministic=True, dlse=on_gpu(dlse)))
+
+
+def assert_same_bits(a: fc.Grads, b: fc.Grads) -> None:
+    for x, y in zip(a, b):
+        assert x is y is None or torch.equal(x, y)
+
+
+# ---- every option -------------------------------------------------------------------------------
+
+BUILT = ("full", "causal", "window", "groups", "varlen", "padded", "strides", "scale")
+
+
+def asks_for_what_is_not_built(case: Case) -> bool:
+    return bool(case.softcap or case.alibi or case.dropout or case.sinks)
+
+
+EVERY_OPTION = [
+    pytest.param(case.but(d=d), id=f"{theme}-{case.but(d=d)}")
+    for theme in BUILT
+    for n, case in enumerate(VARIANTS[theme])
+    if not asks_for_what_is_not_built(case)
+    for d in (64, 128, (32, 96, 192, 256)[n % 4])
+]
+
+
+@pytest.mark.parametrize("case", EVERY_OPTION)
+def test_option(case):
+    check(case)
+
+
+@pytest.mark.parametrize("n", range(200))
+def test_random_combination(n):
+    case = random_case(n)
+    if asks_for_what_is_not_built(case):
+        case = case.but(softcap=0.0, alibi="", dropout=0.0, sinks=False)
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "d,dv", [(192, 128), (64, 128), (128, 64), (64, 256), (256, 64), (72, 16), (8, 248), (96, 40)]
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_values_of_another_head_dim(d, dv, options):
+    check(PLAIN.but(d=d, dv=dv, **options))
 
 
 @pytest.mark.parametrize("case", cases.SM90, ids=str)
@@ -166,7 +221,35 @@ def test_nothing_is_written_outside_the_gradients(d):
         assert (rooms[name] == 7).all()
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("d", [*DIMS, 40])
+@pytest.mark.parametrize(
+    "options",
+    [{"lengths_q": (60, 131)}, {"lengths_k": (7, 200)}, {"packed_q": (60, 71, 131)}],
+    ids=str,
+)
+def test_nothing_is_written_into_a_neighbouring_sequence(d, options):
+    """Canaries around the gradients; inside, what is padding is zero and the rest as ever."""
+    if "packed_q" in options:
+        options = options | {"packed_k": (80, 20, 300)}
+    call = Call(Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True, **options))
+    for fixed in (False, True):
+        into, rooms = {}, {}
+        for name in "qkv":
+            *batch, s, h, _ = call.tensors[name].shape
+            room = torch.full((*batch, s + 2, h + 2, d + 8), 7.0, device="cuda").bfloat16()
+            rooms[name], into["d" + name] = room, room[..., 1:-1, 1:-1, :d]
+        call.check(call.run(**into, deterministic=fixed))
+        for name, count in (("q", "lengths_q"), ("k", "lengths_k"), ("v", "lengths_k")):
+            for b, n in enumerate(options.get(count, ())):
+                assert (into["d" + name][b, n:] == 0).all()
+            into["d" + name].fill_(7.0)
+            assert (rooms[name] == 7).all()
+
+
+# ---- excluded positions -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
 def test_poison_around_the_inputs_reaches_nothing(poison):
     """Rows before and after, and the columns beyond head_dim that a tile of 64 would load."""
     call = Call(Case("poison", dtype="bf16", q=130, k=150, d=40, causal=True))
@@ -177,6 +260,51 @@ def test_poison_around_the_inputs_reaches_nothing(poison):
         call.tensors[name] = room[:, 32 : 32 + s, :, :d]
         call.tensors[name].copy_(x)
     call.check(call.run())
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}], ids=str)
+def test_poison_in_the_padding_reaches_nothing(d, poison, options):
+    """Rows past a sequence's length, of every input. Their own gradients are zero."""
+    lengths_q, lengths_k = (200, 37), (129, 301)
+    call = Call(
+        PLAIN.but(d=d, q=300, k=420, lengths_q=lengths_q, lengths_k=lengths_k, **options)
+    )
+    for b in range(2):
+        call.poison("q", (b, slice(lengths_q[b], None)), poison)
+        call.poison("k", (b, slice(lengths_k[b], None)), poison)
+    for fixed in (False, True):
+        grads = call.run(deterministic=fixed)
+        call.check(grads)
+        for b in range(2):
+            assert (grads.dq[b, lengths_q[b] :] == 0).all()
+            assert (grads.dk[b, lengths_k[b] :] == 0).all()
+            assert (grads.dv[b, lengths_k[b] :] == 0).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}], ids=str)
+def test_poison_in_a_packed_neighbour_reaches_nothing(d, poison, options):
+    """The second sequence's rows, which the first one's last tiles and blocks run into."""
+    call = Call(PLAIN.but(d=d, packed_q=(70, 200, 131), packed_k=(90, 150, 200), **options))
+    clean = call.run(deterministic=True)
+    call.poison("q", slice(70, 270), poison)
+    call.poison("k", slice(90, 240), poison)
+    got = call.run(deterministic=True)
+    for rows in (slice(0, 70), slice(270, 401)):
+        assert torch.equal(got.dq[rows], clean.dq[rows])
+    for rows in (slice(0, 90), slice(240, 440)):
+        assert torch.equal(got.dk[rows], clean.dk[rows])
+        assert torch.equal(got.dv[rows], clean.dv[rows])
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_the_bound_of_packed_lengths_changes_nothing(d):
+    call = Call(PACKED.but(d=d, causal=True))
+    loose = call.run(deterministic=True)
+    assert_same_bits(loose, call.run(deterministic=True, max_seqlen_q=193, max_seqlen_k=200))
 
 
 @pytest.mark.parametrize("d", DIMS)
@@ -262,7 +390,6 @@ UNBUILT = {
     "bias": {"bias": (1, 1, 1, 64)},
     "sinks": {"sinks": (2,)},
     "alibi": {"alibi_slopes": (2,)},
-    "seqlens": {"seqlens_k": (1,)},
 }
 
 
@@ -270,27 +397,17 @@ UNBUILT = {
 def test_what_is_not_built_is_refused_or_right(options):
     """Never silently something else: an error that says so, or the reference's result."""
     call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64))
-    make = {"seqlens_k": lambda s: np.array([40], np.int32)}
     host = {
-        name: make.get(name, lambda s: np.ones(s, np.float32))(x)
-        if name in ("bias", "sinks", "alibi_slopes", "seqlens_k")
-        else x
+        name: np.ones(x, np.float32) if name in ("bias", "sinks", "alibi_slopes") else x
         for name, x in options.items()
     }
-    device = {
-        name: torch.from_numpy(x).cuda() if isinstance(x, np.ndarray) else x
-        for name, x in host.items()
-    }
     try:
-        grads = call.run(**device)
+        call.run(**{name: on_gpu(x) for name, x in host.items()})
     except fc.UnsupportedError as e:
         assert "sm90" in str(e) and len(str(e)) > 40
         return
     call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64), **host)
-    call.options = call.options | device
-    grads = call.run()
-    call.options = call.options | host
-    call.check(grads)
+    call.check(call.run())
 
 
 def test_float32_out_or_dout_is_refused_by_name():

@@ -36,40 +36,44 @@ struct Matrix {
 };
 
 struct BwdParams {
-  CUtensorMap q, k, v, dout;  // (head_dim, seqlen, heads, batch)
+  CUtensorMap q, k, v, dout;  // row_window_map(): (head_dim, box, rows + 1, heads, batch)
   Matrix out_ref, dout_ref;   // for preprocess
   Matrix dq, dk, dv;
   const float *lse, *dlse;  // dlse may be null
   int64_t lse_batch_stride, lse_head_stride, dlse_batch_stride, dlse_head_stride;
 
-  // The workspace. Rows are padded to whole query blocks.
-  float* minus_lse;    // [batch][head][padded row]: -lse / scale; -inf where P is to be zero
-  float* minus_delta;  // [batch][head][padded row]: dlse - rowsum(dO * O)
+  // The workspace. A head's rows are padded to whole query blocks, sequence by sequence.
+  float* minus_lse;    // [head][query block][row]: -lse / scale; -inf where P is to be zero
+  float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
   float* dq_sum;       // [slot][query block][block_m * head_dim], see dq.cuh
+  int head_blocks;     // query blocks of a head, of all sequences
+  int slot_blocks;     // the same of a slot of dq_sum
+  bool block_slots;    // a slot per head that a block of threads works on, not per head
 
   float scale;
   float scale_log2;  // scale * log2(e)
-  int batch, heads;  // heads of q
-  int seqlen_q, seqlen_k;
-  int m_blocks;
+  int heads;         // of q
   int head_dim, head_dim_v;
   int group;  // query heads per key head
-  int64_t q_offset;
-  const int32_t* q_offset_tensor;  // [batch]; wins over q_offset when not null
-  tile::Window window;
   bool accumulate;
+
+  // Where sequences begin and end; what tile::sequence_of reads.
+  int batch;
+  int seqlen_q, seqlen_k;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqlens_q, *seqlens_k;
+  bool top_left, has_q_offset;
+  int64_t q_offset;
+  const int32_t* q_offset_tensor;
+  tile::Window window;
 
   // Key tiles in their order. Either they are dealt out one by one and add to dQ in any order; or a
   // block takes all tiles of a key head, in rising order: then it can set the sums of dQ instead of
   // adding to zeros, and the last tile that adds can write dQ itself.
   bool whole_heads;
-  tile::TileScheduler scheduler;  // m_block counts key tiles, from the last one
-
-  // Where the sums of a query head's dQ are.
-  FC_HD constexpr int64_t dq_slot(int block, int batch_index, int head) const {
-    return whole_heads ? int64_t{block} * group + head % group
-                       : int64_t{batch_index} * heads + head;
-  }
+  int pairs;  // of batch and key head
+  // m_block counts key tiles, from the last one. Of a packed batch: of one sequence, whose m_blocks
+  // it sets.
+  tile::TileScheduler scheduler;
 };
 
 // One row of instances.def; its translation unit defines it.

@@ -21,8 +21,8 @@ struct Consumer {
   // This thread's keys. Worked out where they are needed, for the same reason.
   FC_DEVICE KeyPair keys() const {
     int const thread = thread_index();
-    return KeyPair(work(), (T::kByKeys ? 64 * index : 0) + thread % 128 / 32 * 16 + thread % 32 / 4,
-                   p.seqlen_k);
+    return KeyPair(work(),
+                   (T::kByKeys ? 64 * index : 0) + thread % 128 / 32 * 16 + thread % 32 / 4);
   }
 
   // A step: a query block of a query head of the group. Worked out before the wait that ends the

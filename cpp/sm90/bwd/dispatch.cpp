@@ -1,11 +1,13 @@
 // The backward kernels' table: what each takes, how it is planned and launched.
 #include <string>
+#include <vector>
 
 #include "common/error.h"
 #include "common/text.h"
 #include "flashcore/flashcore.h"
 #include "sm90/backend.h"
 #include "sm90/bwd/config.h"
+#include "sm90/bwd/query_blocks.h"
 #include "sm90/tensor_map.h"
 #include "tile/block_range.h"
 
@@ -41,8 +43,6 @@ std::string unbuilt(const Problem& p) {
   auto refuse = [](const char* what) {
     return text("the backward pass of ", what, " is not built for sm90 yet; on the CPU it is");
   };
-  if (p.cu_seqlens_q) return refuse("packed sequences (cu_seqlens_q)");
-  if (p.seqlens_q || p.seqlens_k) return refuse("padded lengths (seqlens_q, seqlens_k)");
   if (p.softcap > 0) return refuse("softcap");
   if (p.alibi_slopes) return refuse("alibi_slopes");
   if (p.bias) return refuse("bias");
@@ -53,6 +53,12 @@ std::string unbuilt(const Problem& p) {
   return {};
 }
 
+// A packed tensor is one long sequence to whoever copies it.
+int64_t batch_q(const Problem& p) { return p.cu_seqlens_q ? 1 : p.batch; }
+int64_t batch_k(const Problem& p) { return p.cu_seqlens_k ? 1 : p.batch; }
+int64_t rows_q(const Problem& p) { return p.cu_seqlens_q ? p.total_q : p.seqlen_q; }
+int64_t rows_k(const Problem& p) { return p.cu_seqlens_k ? p.total_k : p.seqlen_k; }
+
 std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
   if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim); !why.empty()) return why;
@@ -61,46 +67,53 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   const struct {
     const char* name;
     const Rows& rows;
-    int64_t seqlen, heads;
-    bool input;
-  } tensors[] = {{"q", p.q, p.seqlen_q, p.num_heads_q, true},
-                 {"k", p.k, p.seqlen_k, p.num_heads_kv, true},
-                 {"v", p.v, p.seqlen_k, p.num_heads_kv, true},
-                 {"out", p.out, p.seqlen_q, p.num_heads_q, true},
-                 {"dout", p.dout, p.seqlen_q, p.num_heads_q, true},
-                 {"dq", p.dq, p.seqlen_q, p.num_heads_q, false},
-                 {"dk", p.dk, p.seqlen_k, p.num_heads_kv, false},
-                 {"dv", p.dv, p.seqlen_k, p.num_heads_kv, false}};
+    bool of_queries, input;
+  } tensors[] = {{"q", p.q, true, true},       {"k", p.k, false, true},
+                 {"v", p.v, false, true},      {"out", p.out, true, true},
+                 {"dout", p.dout, true, true}, {"dq", p.dq, true, false},
+                 {"dk", p.dk, false, false},   {"dv", p.dv, false, false}};
   for (auto const& t : tensors) {
     if (!t.rows) continue;
     if (t.input && t.rows.dtype != p.dtype)
       return text(t.name, " must be ", dtype_name(p.dtype), " on sm90, got ",
                   dtype_name(t.rows.dtype), ": convert it first");
-    if (std::string why = not_copyable(t.name, t.rows, p.batch, t.seqlen, t.heads); !why.empty())
-      return why;
+    std::string why = t.of_queries
+                          ? not_copyable(t.name, t.rows, batch_q(p), rows_q(p), p.num_heads_q)
+                          : not_copyable(t.name, t.rows, batch_k(p), rows_k(p), p.num_heads_kv);
+    if (!why.empty()) return why;
   }
   return {};
 }
 
 // How a problem is divided among the blocks of a launch, and where things are in the workspace.
 struct Division {
-  int64_t m_blocks, n_blocks, pairs;  // pairs: of batch and key head
+  int64_t head_blocks;  // query blocks of a head
+  int64_t n_blocks;     // key tiles of the longest sequence
+  int64_t tiles;        // of all heads; for a packed batch a bound
+  int64_t pairs;        // of batch and key head
   int blocks;
   bool whole_heads;
+  bool block_slots;     // sums of dQ for the heads in the making alone, not for all
+  int64_t slot_blocks;  // query blocks of such sums
   int64_t minus_lse, minus_delta, bytes;  // offsets in bytes; the sums of dQ come first
 
   Division(const BwdConfig& c, const Problem& p) {
-    m_blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
+    head_blocks = query_blocks(p, p.total_q, c.block_m);
     n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
     pairs = p.batch * p.num_heads_kv;
+    tiles = rows_k(p) == 0   ? 0
+            : p.cu_seqlens_k ? p.num_heads_kv * (p.total_k / c.block_n + p.batch)
+                             : pairs * n_blocks;
     int const processors = cuda::devices()[p.device_id].multiprocessors;
     whole_heads = p.deterministic || n_blocks <= 1;
-    blocks = static_cast<int>(
-        min_of<int64_t>(whole_heads && n_blocks > 0 ? pairs : pairs * n_blocks, processors));
-    int64_t const rows = p.batch * p.num_heads_q * m_blocks * c.block_m;
-    int64_t const slots =
-        whole_heads ? blocks * (p.num_heads_q / p.num_heads_kv) : p.batch * p.num_heads_q;
-    minus_lse = slots * m_blocks * c.block_m * c.head_dim * 4;
+    blocks =
+        static_cast<int>(min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors));
+    // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
+    block_slots = whole_heads && !p.cu_seqlens_q;
+    slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;
+    int64_t const slots = block_slots ? blocks * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
+    int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
+    minus_lse = slots * slot_blocks * c.block_m * c.head_dim * 4;
     minus_delta = minus_lse + rows * 4;
     bytes = minus_delta + rows * 4;
   }
@@ -122,16 +135,18 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   Division const d(c, p);
 
   BwdParams params{};
-  bool const any_keys = p.seqlen_k > 0, any_rows = p.seqlen_q > 0;
-  if (any_keys) {  // else nothing is ever fetched
-    params.k = tensor_map(p.k, p.dtype, p.head_dim, p.seqlen_k, p.num_heads_kv, p.batch, c.block_n);
-    params.v =
-        tensor_map(p.v, p.dtype, p.head_dim_v, p.seqlen_k, p.num_heads_kv, p.batch, c.block_n);
+  auto map = [&](const Rows& r, int64_t cols, bool of_queries) {
+    return of_queries
+               ? row_window_map(r, p.dtype, cols, rows_q(p), p.num_heads_q, batch_q(p), c.block_m)
+               : row_window_map(r, p.dtype, cols, rows_k(p), p.num_heads_kv, batch_k(p), c.block_n);
+  };
+  if (rows_k(p) > 0) {  // else nothing is ever fetched
+    params.k = map(p.k, p.head_dim, false);
+    params.v = map(p.v, p.head_dim_v, false);
   }
-  if (any_rows) {
-    params.q = tensor_map(p.q, p.dtype, p.head_dim, p.seqlen_q, p.num_heads_q, p.batch, c.block_m);
-    params.dout =
-        tensor_map(p.dout, p.dtype, p.head_dim_v, p.seqlen_q, p.num_heads_q, p.batch, c.block_m);
+  if (rows_q(p) > 0) {
+    params.q = map(p.q, p.head_dim, true);
+    params.dout = map(p.dout, p.head_dim_v, true);
   }
   auto matrix = [](const Rows& r) {
     return Matrix{r.data, r.batch_stride, r.row_stride, r.head_stride, r.dtype == DType::f32};
@@ -153,42 +168,56 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.dq_sum = part(0);
   params.minus_lse = part(d.minus_lse);
   params.minus_delta = part(d.minus_delta);
+  params.head_blocks = static_cast<int>(d.head_blocks);
+  params.slot_blocks = static_cast<int>(d.slot_blocks);
+  params.block_slots = d.block_slots;
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
-  params.batch = static_cast<int>(p.batch);
   params.heads = static_cast<int>(p.num_heads_q);
-  params.seqlen_q = static_cast<int>(p.seqlen_q);
-  params.seqlen_k = static_cast<int>(p.seqlen_k);
-  params.m_blocks = static_cast<int>(d.m_blocks);
   params.head_dim = static_cast<int>(p.head_dim);
   params.head_dim_v = static_cast<int>(p.head_dim_v);
   params.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
-  params.q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
-  params.q_offset_tensor = p.q_offset_tensor;
-  params.window = p.window;
   params.accumulate = p.accumulate;
 
-  params.whole_heads = d.whole_heads;
+  params.batch = static_cast<int>(p.batch);
+  params.seqlen_q = static_cast<int>(p.seqlen_q);
+  params.seqlen_k = static_cast<int>(p.seqlen_k);
+  params.cu_seqlens_q = p.cu_seqlens_q;
+  params.cu_seqlens_k = p.cu_seqlens_k;
+  params.seqlens_q = p.seqlens_q;
+  params.seqlens_k = p.seqlens_k;
+  params.top_left = p.top_left;
+  params.has_q_offset = p.has_q_offset;
+  params.q_offset = p.q_offset;
+  params.q_offset_tensor = p.q_offset_tensor;
+  params.window = p.window;
 
-  int64_t const most = max_of(d.pairs * d.n_blocks, p.batch * p.num_heads_q * d.m_blocks);
+  params.whole_heads = d.whole_heads;
+  int64_t const most = max_of(max_of(d.tiles, d.pairs), p.num_heads_q * d.head_blocks);
   if (most > INT32_MAX)
     throw Failure(FLASHCORE_UNSUPPORTED,
                   text("[attention_backward] ", most, " tiles exceed 2^31 - 1"));
+  params.pairs = static_cast<int>(d.pairs);
   // With no mask, tiles of one head side by side: they read the same queries at the same time. With
   // one, their costs differ, and what counts is that every block is dealt its share.
-  params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv),
-                      static_cast<int>(d.pairs), 1};
+  bool const packed = p.cu_seqlens_k != nullptr;
+  int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
+  params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv), pairs, 1};
   if (!p.window.open() && !d.whole_heads) {
     int64_t const head_bytes =
         p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-    int const largest = tile::section_pairs(head_bytes, 1, static_cast<int>(d.pairs), kL2Budget);
+    int const largest = tile::section_pairs(head_bytes, 1, pairs, kL2Budget);
+    int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     params.scheduler.section_pairs =
-        tile::balanced_section(params.scheduler, largest, 1, d.blocks, [&](int block) {
-          int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
-          auto const rows = tile::row_blocks(p.window, key, min_of(key + c.block_n, p.seqlen_k),
-                                             params.q_offset, p.seqlen_q, c.block_m);
-          return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
-        });
+        packed
+            ? largest
+            : tile::balanced_section(params.scheduler, largest, 1, d.blocks, [&](int block) {
+                int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
+                auto const rows =
+                    tile::row_blocks(p.window, key, min_of(key + c.block_n, p.seqlen_k), q_offset,
+                                     p.seqlen_q, c.block_m);
+                return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
+              });
   }
   instance.launch(params, d.blocks, p.device_id, static_cast<cudaStream_t>(stream));
 }

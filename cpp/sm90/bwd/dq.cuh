@@ -10,8 +10,8 @@
 namespace flashcore::sm90::bwd {
 
 template <class T>
-FC_DEVICE float* dq_block(const BwdParams& p, int64_t slot, int m_block) {
-  return p.dq_sum + (slot * p.m_blocks + m_block) * (T::kBlockM * T::kHeadDim);
+FC_DEVICE float* dq_block(const BwdParams& p, int block) {
+  return p.dq_sum + int64_t{block} * (T::kBlockM * T::kHeadDim);
 }
 
 // Where a consumer thread's quads begin in a block, in floats; quad i is 128 * i further.
@@ -62,8 +62,8 @@ FC_DEVICE int dq_col(int consumer) {
 // This thread's sums of query block m of one head, from the consumer's quad kFirst on.
 template <class T, int kFirst>
 FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int head, int m) {
-  return dq_block<T>(p, p.dq_slot(blockIdx.x, work.batch, head), m) +
-         dq_offset<T>(thread_index() - 128) + 128 * kFirst;
+  return dq_block<T>(p, work.sums + head * p.slot_blocks + m) + dq_offset<T>(thread_index() - 128) +
+         128 * kFirst;
 }
 
 // Where dQ goes from here: to those sums, or to its rows.
@@ -79,8 +79,9 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int consumer, int he
     if (m < work.fresh) add_sums(dq, sums);
     int const row = m * T::kBlockM + dq_row<T>(consumer);
     int const col = dq_col<T>(consumer) + 8 * kFirst;
-    store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head, row,
-                                    p.seqlen_q - row, col, p.head_dim - col);
+    store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head,
+                                    int64_t{work.q_begin} + row, work.seqlen_q - row,
+                                    work.written_q - row, col, p.head_dim - col);
   }
 }
 

@@ -35,8 +35,11 @@ struct Kernel {
     prefetch_tensor_map(p.dout);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
-    for (int index = 0;; ++index) {
-      Work const work = Work::of(p, index, T::kBlockM, T::kBlockN);
+    KeyTiles tiles(blockIdx.x, gridDim.x);
+    for (;;) {
+      tile::Tile tile;
+      Work const work = tiles.next(p, T::kBlockN, tile) ? Work::of(p, tile, T::kBlockM, T::kBlockN)
+                                                        : Work::none();
       sh.k_free.wait(parity);
       sh.work = work;
       if (work.key < 0) break;
@@ -56,39 +59,43 @@ struct Kernel {
   FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, const Work& work, Ring& ring,
                                   uint32_t parity) {
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
-    load<T::kBlockN>(sh.k, p.k, sh.k_ready, work.key, work.kv_head, work.batch, once);
+    int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
+    RowWindow const keys =
+        row_window(T::kBlockN, work.k_begin + work.key, work.seqlen_k - work.key);
+    load<T::kBlockN>(sh.k, p.k, sh.k_ready, keys, work.kv_head, batch_k, once);
     bool fresh = true;
     for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
-      int64_t row = (int64_t{work.batch} * p.heads + head) * p.m_blocks * T::kBlockM;
-      row += work.first * T::kBlockM;
-      for (int m = work.first; m < work.last; ++m, row += T::kBlockM) {
-        int const s = ring.stage;
+      int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
+      for (int m = work.first; m < work.last; ++m, stats += T::kBlockM) {
+        int const s = ring.stage, row = m * T::kBlockM;
+        RowWindow const rows = row_window(T::kBlockM, work.q_begin + row, work.seqlen_q - row);
         sh.free[s].wait(ring.parity);
-        load<T::kBlockM>(sh.q[s], p.q, sh.q_ready[s], m * T::kBlockM, head, work.batch,
-                         shared_by_tiles, sh.minus_lse[s], p.minus_lse + row);
+        load<T::kBlockM>(sh.q[s], p.q, sh.q_ready[s], rows, head, batch_q, shared_by_tiles,
+                         sh.minus_lse[s], p.minus_lse + stats);
         if (fresh) {
           sh.v_free.wait(parity);
-          load<T::kBlockN>(sh.v, p.v, sh.v_ready, work.key, work.kv_head, work.batch, once);
+          load<T::kBlockN>(sh.v, p.v, sh.v_ready, keys, work.kv_head, batch_k, once);
           fresh = false;
         }
-        load<T::kBlockM>(sh.dout[s], p.dout, sh.dout_ready[s], m * T::kBlockM, head, work.batch,
-                         shared_by_tiles, sh.minus_delta[s], p.minus_delta + row);
+        load<T::kBlockM>(sh.dout[s], p.dout, sh.dout_ready[s], rows, head, batch_q, shared_by_tiles,
+                         sh.minus_delta[s], p.minus_delta + stats);
         ring.advance();
       }
     }
   }
 
-  // kRows x kHeadDim, one box per panel, and the rows' statistics if there are any. Rows and
-  // columns past the end become zeros.
+  // kRows x kHeadDim, one box per panel, and the rows' statistics if there are any. Rows past the
+  // end of the sequence become zeros, whatever is there: what they are multiplied with is zero, and
+  // 0 * NaN is not. Columns past the end do, too.
   template <int kRows>
-  FC_DEVICE static void load(char* smem, const CUtensorMap& map, Barrier& ready, int row, int head,
-                             int batch, uint64_t policy, float* stats = nullptr,
+  FC_DEVICE static void load(char* smem, const CUtensorMap& map, Barrier& ready, RowWindow rows,
+                             int head, int batch, uint64_t policy, float* stats = nullptr,
                              const float* global_stats = nullptr) {
     ready.arrive_expect(kRows * T::kHeadDim * 2 + (stats ? kRows * 4 : 0));
 #pragma unroll
     for (int panel = 0; panel < T::kPanels; ++panel)
-      tma_load(smem + panel * kRows * kPanelBytes, map, ready, panel * kPanelCols, row, head, batch,
-               policy);
+      tma_load(smem + panel * kRows * kPanelBytes, map, ready, panel * kPanelCols, rows.skipped,
+               rows.end, head, batch, policy);
     if (stats) bulk_load(stats, global_stats, kRows * 4, ready);
   }
 
@@ -119,13 +126,15 @@ struct Kernel {
   FC_DEVICE static void store(const BwdParams& p, const Work& work, int consumer,
                               const typename T::GradientTile& rdK,
                               const typename T::GradientTile& rdV) {
-    int const key = work.key + (T::kByKeys ? 64 * consumer : 0), keys = p.seqlen_k - key;
+    int const key = work.key + (T::kByKeys ? 64 * consumer : 0);
     int const col = T::kByKeys ? 0 : T::kGradientCols * consumer;
     if (p.dv.data)
-      store_rows<Element>(p.dv, p.accumulate, rdV, 1.0f, work.batch, work.kv_head, key, keys, col,
-                          p.head_dim_v - col);
+      store_rows<Element>(p.dv, p.accumulate, rdV, 1.0f, work.batch, work.kv_head,
+                          int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
+                          col, p.head_dim_v - col);
     if (p.dk.data)
-      store_rows<Element>(p.dk, p.accumulate, rdK, p.scale, work.batch, work.kv_head, key, keys,
+      store_rows<Element>(p.dk, p.accumulate, rdK, p.scale, work.batch, work.kv_head,
+                          int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
                           col, p.head_dim - col);
   }
 

@@ -21,7 +21,7 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
                 "flash_bwd_sm90: shared memory");
     prepared.fetch_or(bit, std::memory_order_release);
   }
-  int const query_blocks = params.batch * params.heads * params.m_blocks;
+  int const query_blocks = params.heads * params.head_blocks;
   if (query_blocks > 0) {
     flash_bwd_sm90_preprocess<T><<<query_blocks, kPreprocessThreads, 0, stream>>>(params);
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");

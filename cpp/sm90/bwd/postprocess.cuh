@@ -10,15 +10,18 @@ namespace flashcore::sm90::bwd {
 template <class T>
 __global__ void __launch_bounds__(T::kConsumerThreads)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
-  int const m_block = blockIdx.x % p.m_blocks, pair = blockIdx.x / p.m_blocks;
-  int const head = pair % p.heads, batch = pair / p.heads;
+  int const head = blockIdx.x / p.head_blocks;
+  QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);
+  if (at.written <= 0) return;
+  tile::Sequence const seq = tile::sequence_of(p, at.batch);
   int const consumer = threadIdx.x / 128;
 
   typename T::DqTile dq = {};
-  add_sums(dq, dq_block<T>(p, p.dq_slot(0, batch, head), m_block) + dq_offset<T>(threadIdx.x));
-  int const row = m_block * T::kBlockM + dq_row<T>(consumer), col = dq_col<T>(consumer);
-  store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, batch, head, row,
-                                  p.seqlen_q - row, col, p.head_dim - col);
+  add_sums(dq, dq_block<T>(p, blockIdx.x) + dq_offset<T>(threadIdx.x));
+  int const row = at.row + dq_row<T>(consumer), col = dq_col<T>(consumer);
+  store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, at.batch, head,
+                                  seq.q_begin + row, static_cast<int>(seq.seqlen_q) - row,
+                                  at.row + at.written - row, col, p.head_dim - col);
 }
 
 }  // namespace flashcore::sm90::bwd

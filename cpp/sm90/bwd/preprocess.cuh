@@ -7,12 +7,12 @@ namespace flashcore::sm90::bwd {
 constexpr int kPreprocessThreads = 256;
 
 // True if a key tile visits the query block. Every thread of the block must call it.
-FC_DEVICE bool visited(const BwdParams& p, int batch, int m_block, int block_m, int block_n) {
-  int64_t const q_offset = p.q_offset_tensor ? p.q_offset_tensor[batch] : p.q_offset;
+template <class T>
+FC_DEVICE bool visited(const BwdParams& p, const tile::Sequence& seq, QueryBlock at) {
   bool any = false;
-  for (int n = threadIdx.x; n < p.scheduler.m_blocks; n += kPreprocessThreads) {
-    tile::BlockRange const rows = Work::rows_of(p, n, q_offset, block_m, block_n);
-    any |= rows.first <= m_block && m_block < rows.last;
+  for (int n = threadIdx.x; n < key_tiles(p, at.batch, T::kBlockN); n += kPreprocessThreads) {
+    tile::BlockRange const rows = Work::rows_of(p, seq, n, T::kBlockM, T::kBlockN);
+    any |= rows.first <= at.m && at.m < rows.last;
   }
   return __syncthreads_or(any);
 }
@@ -20,25 +20,25 @@ FC_DEVICE bool visited(const BwdParams& p, int batch, int m_block, int block_m, 
 // The sums of dQ become zero if key tiles will add to them; else dQ itself does where no key tile
 // comes.
 template <class T>
-FC_DEVICE void clear_dq(const BwdParams& p, int batch, int head, int m_block) {
+FC_DEVICE void clear_dq(const BwdParams& p, const tile::Sequence& seq, QueryBlock at, int head) {
   using Element = typename T::Element;
   if (!p.dq.data) return;
   if (!p.whole_heads) {
-    float4* const sums =
-        reinterpret_cast<float4*>(dq_block<T>(p, p.dq_slot(0, batch, head), m_block));
+    float4* const sums = reinterpret_cast<float4*>(dq_block<T>(p, blockIdx.x));
 #pragma unroll
     for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)
       sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
     return;
   }
-  if (p.accumulate || visited(p, batch, m_block, T::kBlockM, T::kBlockN)) return;
+  if (p.accumulate || visited<T>(p, seq, at)) return;
   for (int i = threadIdx.x; i < T::kBlockM * p.head_dim; i += kPreprocessThreads) {
-    int const row = m_block * T::kBlockM + i / p.head_dim, col = i % p.head_dim;
-    if (row >= p.seqlen_q) return;
+    int const row = i / p.head_dim, col = i % p.head_dim;
+    if (row >= at.written) return;
+    int64_t const to = seq.q_begin + at.row + row;
     if (p.dq.f32)
-      *row_address<float>(p.dq, batch, head, row, col) = 0.0f;
+      *row_address<float>(p.dq, at.batch, head, to, col) = 0.0f;
     else
-      *row_address<Element>(p.dq, batch, head, row, col) = Element(0.0f);
+      *row_address<Element>(p.dq, at.batch, head, to, col) = Element(0.0f);
   }
 }
 
@@ -51,9 +51,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   constexpr int kRows = kPreprocessThreads / kLanes;
   static_assert(T::kBlockM % kRows == 0 && kLanes <= 32);
 
-  int const m_block = blockIdx.x % p.m_blocks, pair = blockIdx.x / p.m_blocks;
-  int const head = pair % p.heads, batch = pair / p.heads;
-  clear_dq<T>(p, batch, head, m_block);
+  int const head = blockIdx.x / p.head_blocks;
+  QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);
+  tile::Sequence const seq = tile::sequence_of(p, at.batch);
+  int const rows = static_cast<int>(seq.seqlen_q) - at.row;  // of the block, if it has that many
+  if (at.written > 0) clear_dq<T>(p, seq, at, head);
   int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
 
   union Chunk {
@@ -62,37 +64,40 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     FC_DEVICE Chunk() {}
   } out[T::kBlockM / kRows], dout[T::kBlockM / kRows];
   auto load = [&](Chunk& chunk, const Matrix& m, int row) {
-    if (row < p.seqlen_q && 8 * lane < p.head_dim_v)
-      chunk.bits = *reinterpret_cast<const uint4*>(static_cast<const Element*>(m.data) +
-                                                   batch * m.batch_stride + head * m.head_stride +
-                                                   row * m.row_stride + 8 * lane);
+    if (row < rows && 8 * lane < p.head_dim_v)
+      chunk.bits = *reinterpret_cast<const uint4*>(
+          row_address<Element>(m, at.batch, head, seq.q_begin + at.row + row, 8 * lane));
   };
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
-    int const row = m_block * T::kBlockM + i * kRows + first;
-    load(out[i], p.out_ref, row);
-    load(dout[i], p.dout_ref, row);
+    load(out[i], p.out_ref, i * kRows + first);
+    load(dout[i], p.dout_ref, i * kRows + first);
   }
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
     float delta = 0.0f;
 #pragma unroll
-    for (int c = 0; c < 8; ++c)
-      delta = __fmaf_rn(static_cast<float>(out[i].x[c]), static_cast<float>(dout[i].x[c]), delta);
+    for (int c = 0; c < 8; ++c) {
+      // Where O is zero dO may be anything: the row may see no key.
+      float const o = static_cast<float>(out[i].x[c]), g = static_cast<float>(dout[i].x[c]);
+      delta = o != 0.0f ? __fmaf_rn(o, g, delta) : delta;
+    }
 #pragma unroll
     for (int offset = kLanes / 2; offset; offset /= 2)
       delta += __shfl_xor_sync(0xffffffffu, delta, offset);
     if (lane != 0) continue;
-    int const row = m_block * T::kBlockM + i * kRows + first;
+    int const row = i * kRows + first;
+    int64_t const of_tensor = seq.q_begin + at.row + row;
     float lse = -INFINITY;
-    if (row < p.seqlen_q) lse = p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + row];
+    if (row < rows)
+      lse = p.lse[at.batch * p.lse_batch_stride + head * p.lse_head_stride + of_tensor];
     if (lse == -INFINITY)  // no key: P = exp(S - inf) = 0
       delta = 0.0f;
     else if (p.dlse)
-      delta -= p.dlse[batch * p.dlse_batch_stride + head * p.dlse_head_stride + row];
-    int64_t const at = int64_t{pair} * p.m_blocks * T::kBlockM + row;
-    p.minus_delta[at] = -delta;
-    p.minus_lse[at] = lse == -INFINITY ? -INFINITY : -lse / p.scale;
+      delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + of_tensor];
+    int64_t const to = int64_t{blockIdx.x} * T::kBlockM + row;
+    p.minus_delta[to] = -delta;
+    p.minus_lse[to] = lse == -INFINITY ? -INFINITY : -lse / p.scale;
   }
 }
 

@@ -40,15 +40,17 @@ FC_DEVICE void differentiate(float (&dp)[N], const float (&p)[N]) {
 }
 
 // Which query rows see a thread's two keys, j and j + 8, whose ranges are eight rows apart: rows
-// [first, last) see key j, if it exists. Small on purpose: it lives through the whole tile.
+// [first, last) see key j, if it exists and they do.
 struct KeyPair {
   int first, last;
   int existing;  // 0, 1 or 2 keys
+  int rows;      // of the sequence
 
-  FC_DEVICE KeyPair(const Work& work, int key, int seqlen_k)
+  FC_DEVICE KeyPair(const Work& work, int key)
       : first(work.window_first + key),
         last(work.window_last + key),
-        existing((work.key + key < seqlen_k) + (work.key + key + 8 < seqlen_k)) {}
+        existing((work.key + key < work.seqlen_k) + (work.key + key + 8 < work.seqlen_k)),
+        rows(work.seqlen_q) {}
 };
 
 // Entries of the query block that begins at `row` become `value` where the query does not see the
@@ -59,7 +61,7 @@ FC_DEVICE void exclude(float (&x)[N], KeyPair const& keys, int row, float value)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int const first = r < keys.existing ? keys.first + 8 * r - query : N * 4;
-    int const last = keys.last + 8 * r - query;
+    int const last = min_of(keys.last + 8 * r, keys.rows) - query;
 #pragma unroll
     for (int i = 2 * r; i < N; i += i % 2 ? 3 : 1) {
       int const q = 8 * (i / 4) + i % 2;

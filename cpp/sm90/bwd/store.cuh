@@ -30,26 +30,29 @@ FC_DEVICE void put_pair<float>(float* to, float x, float y, bool add) {
 // A 64 x N accumulator times scale, written as it lies: pairs of neighbours.
 template <class Out, int N>
 FC_DEVICE void store_pairs(const Matrix& m, bool add, const float (&x)[N], float scale, int batch,
-                           int head, int row, int rows, int col, int cols) {
+                           int head, int64_t row, int valid, int rows, int col, int cols) {
   int const lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (first + 8 * r >= rows) continue;
+    bool const padding = first + 8 * r >= valid;
     Out* const to = row_address<Out>(m, batch, head, row + first + 8 * r, col + lane % 4 * 2);
 #pragma unroll
     for (int g = 0; g < N / 4; ++g)
       if (8 * g < cols)
-        put_pair<Out>(to + 8 * g, x[4 * g + 2 * r] * scale, x[4 * g + 2 * r + 1] * scale, add);
+        put_pair<Out>(to + 8 * g, padding ? 0.0f : x[4 * g + 2 * r] * scale,
+                      padding ? 0.0f : x[4 * g + 2 * r + 1] * scale, add);
   }
 }
 
 // The same in chunks of 16 bytes, which the four lanes of a row exchange among themselves.
 template <class Element, int N>
 FC_DEVICE void store_chunks(const Matrix& m, const float (&x)[N], float scale, int batch, int head,
-                            int row, int rows, int col, int cols) {
+                            int64_t row, int valid, int rows, int col, int cols) {
   int const lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    bool const padding = first + 8 * r >= valid;
     Element* const to =
         row_address<Element>(m, batch, head, row + first + 8 * r, col + lane % 4 * 8);
 #pragma unroll
@@ -58,7 +61,7 @@ FC_DEVICE void store_chunks(const Matrix& m, const float (&x)[N], float scale, i
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* const pair = &x[4 * (g + i) + 2 * r];
-        chunk[i] = pack<Element>(pair[0] * scale, pair[1] * scale);
+        chunk[i] = padding ? 0 : pack<Element>(pair[0] * scale, pair[1] * scale);
       }
       quad_transpose(chunk);
       if (first + 8 * r < rows && 8 * g + lane % 4 * 8 < cols)
@@ -68,16 +71,17 @@ FC_DEVICE void store_chunks(const Matrix& m, const float (&x)[N], float scale, i
 }
 
 // A 64 x N accumulator times scale, to (or added to) rows [row, row + rows) and columns
-// [col, col + cols) of a head; what lies past those is left alone.
+// [col, col + cols) of a head; what lies past those is left alone. Rows from the valid-th on are
+// padding: zero, whatever the accumulator holds.
 template <class Element, int N>
 FC_DEVICE void store_rows(const Matrix& m, bool add, const float (&x)[N], float scale, int batch,
-                          int head, int row, int rows, int col, int cols) {
+                          int head, int64_t row, int valid, int rows, int col, int cols) {
   if (m.f32)
-    store_pairs<float>(m, add, x, scale, batch, head, row, rows, col, cols);
+    store_pairs<float>(m, add, x, scale, batch, head, row, valid, rows, col, cols);
   else if (add)
-    store_pairs<Element>(m, add, x, scale, batch, head, row, rows, col, cols);
+    store_pairs<Element>(m, add, x, scale, batch, head, row, valid, rows, col, cols);
   else
-    store_chunks<Element>(m, x, scale, batch, head, row, rows, col, cols);
+    store_chunks<Element>(m, x, scale, batch, head, row, valid, rows, col, cols);
 }
 
 }  // namespace flashcore::sm90::bwd

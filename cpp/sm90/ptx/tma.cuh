@@ -22,6 +22,17 @@ FC_DEVICE void tma_load(void* smem, const CUtensorMap& map, Barrier& barrier, in
       : "memory");
 }
 
+// The same of a tensor with one dimension more, for row_window() of layout.h.
+FC_DEVICE void tma_load(void* smem, const CUtensorMap& map, Barrier& barrier, int col, int skipped,
+                        int row, int head, int batch, uint64_t cache_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(smem)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(smem_address(&barrier)), "r"(col), "r"(skipped),
+      "r"(row), "r"(head), "r"(batch), "l"(cache_policy)
+      : "memory");
+}
+
 // `bytes` contiguous bytes -> shared memory; addresses and size are multiples of 16.
 FC_DEVICE void bulk_load(void* smem, const void* global, uint32_t bytes, Barrier& barrier) {
   asm volatile(

@@ -1,0 +1,73 @@
+// Which key tiles a block of a launch works on, one after another. Host and device, constexpr.
+#pragma once
+#include "common/types.h"
+#include "tile/tile_scheduler.h"
+
+namespace flashcore::sm90::bwd {
+
+// The key tiles of a sequence, those that are padding alone included: their gradients are zero.
+template <class P>
+FC_HD constexpr int key_tiles(P const& p, int batch, int block_n) {
+  return ceil_div(
+      p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch] : int{p.seqlen_k},
+      block_n);
+}
+
+// P: a kernel's parameters. Either the tiles of whole (batch, key head) pairs, in rising order; or
+// tiles dealt out by the scheduler, whose m_block counts from the last.
+class KeyTiles {
+ public:
+  FC_HD constexpr KeyTiles(int block, int blocks) : at_(block), blocks_(blocks) {}
+
+  // The next one; its m_block is a key tile of the sequence. False: there are no more.
+  template <class P>
+  FC_HD constexpr bool next(P const& p, int block_n, tile::Tile& tile) {
+    if (p.whole_heads) return next_of_heads(p, block_n, tile);
+    tile::TileScheduler s = p.scheduler;
+    if (!p.cu_seqlens_k) {
+      if (at_ >= s.num_tiles()) return false;
+      tile = s.tile(at_);
+    } else if (!find(p, block_n, s, tile)) {
+      return false;
+    }
+    tile.m_block = s.m_blocks - 1 - tile.m_block;
+    at_ += blocks_;
+    return true;
+  }
+
+ private:
+  int at_;          // tile among all; of whole heads, pair of batch and key head
+  int blocks_;      // of the launch
+  int tile_ = 0;    // of whole heads: the next key tile
+  int batch_ = 0;   // of a packed batch: the sequence that the last tile was of
+  int before_ = 0;  // and the tiles of those before it
+
+  template <class P>
+  FC_HD constexpr bool next_of_heads(P const& p, int block_n, tile::Tile& tile) {
+    for (; at_ < p.pairs; at_ += blocks_, tile_ = 0) {
+      tile = {tile_, at_ % p.scheduler.heads, at_ / p.scheduler.heads};
+      if (tile_++ < key_tiles(p, tile.batch, block_n)) return true;
+    }
+    return false;
+  }
+
+  // How many tiles a packed sequence has is known on the device alone: walk from one to the next.
+  template <class P>
+  FC_HD constexpr bool find(P const& p, int block_n, tile::TileScheduler& s, tile::Tile& tile) {
+    for (; batch_ < p.batch; ++batch_) {
+      s.m_blocks = key_tiles(p, batch_, block_n);
+      if (at_ - before_ < s.num_tiles()) {
+        tile = s.tile(at_ - before_);
+        tile.batch = batch_;
+        // The wave of long and short tiles goes on from sequence to sequence.
+        if ((p.batch - 1 - batch_) * s.num_sections() % 2)
+          tile.m_block = s.m_blocks - 1 - tile.m_block;
+        return true;
+      }
+      before_ += s.num_tiles();
+    }
+    return false;
+  }
+};
+
+}  // namespace flashcore::sm90::bwd

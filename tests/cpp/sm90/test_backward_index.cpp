@@ -1,0 +1,170 @@
+// Index maths of the Hopper backward kernels: where rows are in the workspace, which tiles a block
+// takes, boxes that stop where a sequence does. No GPU.
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "sm90/bwd/key_tiles.h"
+#include "sm90/bwd/query_blocks.h"
+#include "sm90/layout.h"
+
+using namespace flashcore;
+using namespace flashcore::sm90;
+using namespace flashcore::sm90::bwd;
+
+namespace {
+
+// What the functions read of a kernel's parameters.
+struct Params {
+  int batch = 0, seqlen_q = 0, seqlen_k = 0;
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  const int32_t *seqlens_q = nullptr, *seqlens_k = nullptr;
+  bool top_left = false, has_q_offset = false;
+  int64_t q_offset = 0;
+  const int32_t* q_offset_tensor = nullptr;
+  bool whole_heads = false;
+  int pairs = 0;
+  tile::TileScheduler scheduler;
+};
+
+std::vector<int32_t> sums(const std::vector<int>& lengths) {
+  std::vector<int32_t> cu{0};
+  for (int n : lengths) cu.push_back(cu.back() + n);
+  return cu;
+}
+
+std::vector<int> random_lengths(std::mt19937& random, int longest) {
+  std::vector<int> lengths(std::uniform_int_distribution<int>(1, 9)(random));
+  for (int& n : lengths) {
+    n = std::uniform_int_distribution<int>(0, longest)(random);
+    if (random() % 4 == 0) n = 64 * (n / 64);
+    if (random() % 5 == 0) n = 0;
+  }
+  return lengths;
+}
+
+}  // namespace
+
+TEST("a window of rows holds the sequence's rows, from its first on, and zeros behind them") {
+  for (int box : {64, 128})
+    for (int row : {0, 1, 63, 1000})
+      for (int valid : {1, 2, 63, 64, 65, 128, 500}) {
+        RowWindow const w = row_window(box, row, valid);
+        CHECK(w.skipped >= 0 && w.end >= 0);
+        for (int r = 0; r < box; ++r) {
+          bool const inside = w.skipped + r < box;  // the second dimension's extent
+          CHECK_EQ(inside, r < valid);
+          // Both dimensions have the stride of a row; the tensor begins `box` rows early.
+          if (inside) CHECK_EQ(w.skipped + r + w.end - box, row + r);
+        }
+        CHECK(w.end <= row + valid);  // so row + 1 rows are enough for the third dimension
+      }
+}
+
+TEST("packed sequences do not share a query block, and every block finds its own") {
+  std::mt19937 random(1);
+  for (int block_m : {64, 128})
+    for (int trial = 0; trial < 300; ++trial) {
+      std::vector<int> const lengths = random_lengths(random, 400);
+      std::vector<int32_t> const cu = sums(lengths);
+      Params p;
+      p.batch = static_cast<int>(lengths.size());
+      p.seqlen_q = p.seqlen_k = 1 << 20;  // the caller's bound, as loose as it may be
+      p.cu_seqlens_q = p.cu_seqlens_k = cu.data();
+      int64_t const blocks = query_blocks(p, cu.back(), block_m);
+      int64_t end = 0;
+      for (int b = 0; b < p.batch; ++b) {
+        CHECK(first_query_block(p, b, block_m) >= end);
+        end = first_query_block(p, b, block_m) + ceil_div(lengths[b], block_m);
+      }
+      CHECK(end <= blocks);
+      std::set<std::pair<int, int>> found;
+      for (int block = 0; block < blocks; ++block) {
+        QueryBlock const at = query_block(p, block, block_m);
+        CHECK_EQ(first_query_block(p, at.batch, block_m) + at.m, block);
+        CHECK_EQ(at.row, at.m * block_m);
+        CHECK_EQ(at.written, lengths[at.batch] - at.row);
+        if (at.written > 0) CHECK(found.insert({at.batch, at.m}).second);
+      }
+      size_t expected = 0;
+      for (int n : lengths) expected += static_cast<size_t>(ceil_div(n, block_m));
+      CHECK_EQ(found.size(), expected);
+    }
+}
+
+TEST("the blocks of a padded batch cover its padding, too") {
+  int32_t const lengths[] = {0, 130, 300};
+  Params p;
+  p.batch = 3;
+  p.seqlen_q = p.seqlen_k = 300;
+  p.seqlens_q = lengths;
+  CHECK_EQ(query_blocks(p, 0, 128), 9);
+  for (int block = 0; block < 9; ++block) {
+    QueryBlock const at = query_block(p, block, 128);
+    CHECK_EQ(at.batch, block / 3);
+    CHECK_EQ(at.m, block % 3);
+    CHECK_EQ(at.written, 300 - 128 * (block % 3));
+  }
+}
+
+TEST("the blocks of a launch take every key tile once") {
+  std::mt19937 random(2);
+  for (int trial = 0; trial < 400; ++trial) {
+    std::vector<int> const lengths = random_lengths(random, 700);
+    std::vector<int32_t> const cu = sums(lengths);
+    bool const packed = trial % 2;
+    int const block_n = trial % 4 < 2 ? 128 : 64;
+    Params p;
+    p.batch = static_cast<int>(lengths.size());
+    p.seqlen_q = p.seqlen_k = 500;
+    if (packed) p.cu_seqlens_q = p.cu_seqlens_k = cu.data();
+    p.whole_heads = trial % 3 == 0;
+    int const heads = 1 + static_cast<int>(random() % 4);
+    p.pairs = p.batch * heads;
+    int const pairs = packed ? heads : p.pairs;
+    p.scheduler = {ceil_div(p.seqlen_k, block_n), heads, pairs, 1 + static_cast<int>(random() % 3)};
+    p.scheduler.section_pairs = min_of(p.scheduler.section_pairs, pairs);
+    int const blocks = 1 + static_cast<int>(random() % 9);
+
+    std::set<std::tuple<int, int, int>> seen;
+    std::map<std::pair<int, int>, std::pair<int, int>> of_pair;  // block, next tile
+    for (int block = 0; block < blocks; ++block) {
+      KeyTiles tiles(block, blocks);
+      for (tile::Tile t; tiles.next(p, block_n, t);) {
+        CHECK(seen.insert({t.batch, t.head, t.m_block}).second);
+        if (!p.whole_heads) continue;
+        auto const [at, fresh] = of_pair.insert({{t.batch, t.head}, {block, 0}});
+        CHECK_EQ(at->second.first, block);  // a pair stays with one block, its tiles in order
+        CHECK_EQ(at->second.second++, t.m_block);
+      }
+      tile::Tile t;
+      CHECK(!tiles.next(p, block_n, t));
+    }
+    size_t expected = 0;
+    for (int b = 0; b < p.batch; ++b) {
+      int const n = key_tiles(p, b, block_n);
+      CHECK_EQ(n, ceil_div(packed ? lengths[b] : 500, block_n));
+      expected += static_cast<size_t>(n * heads);
+    }
+    CHECK_EQ(seen.size(), expected);
+  }
+}
+
+TEST("long and short tiles alternate from sequence to sequence, and the last ones are short") {
+  std::vector<int> const lengths{512, 512, 512};
+  std::vector<int32_t> const cu = sums(lengths);
+  Params p;
+  p.batch = 3;
+  p.cu_seqlens_q = p.cu_seqlens_k = cu.data();
+  p.scheduler = {0, 1, 1, 1};
+  std::vector<int> order;
+  KeyTiles tiles(0, 1);
+  for (tile::Tile t; tiles.next(p, 128, t);) order.push_back(t.m_block);
+  // Under a causal mask the first key tile is the longest.
+  CHECK(order == (std::vector<int>{0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3}));
+}
+
+TEST_MAIN()
