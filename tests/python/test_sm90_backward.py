@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
 DIMS = [64, 128, 256]
+KERNELS = [32, 64, 96, 128, 192, 256]  # one per kernel
 NAN, INF = float("nan"), float("inf")
 
 
@@ -75,18 +76,10 @@ def assert_same_bits(a: fc.Grads, b: fc.Grads) -> None:
 
 # ---- every option -------------------------------------------------------------------------------
 
-BUILT = ("full", "causal", "window", "groups", "varlen", "padded", "strides", "scale")
-
-
-def asks_for_what_is_not_built(case: Case) -> bool:
-    return bool(case.softcap or case.alibi or case.dropout or case.sinks)
-
-
 EVERY_OPTION = [
     pytest.param(case.but(d=d), id=f"{theme}-{case.but(d=d)}")
-    for theme in BUILT
-    for n, case in enumerate(VARIANTS[theme])
-    if not asks_for_what_is_not_built(case)
+    for theme, list_of_cases in VARIANTS.items()
+    for n, case in enumerate(list_of_cases)
     for d in (64, 128, (32, 96, 192, 256)[n % 4])
 ]
 
@@ -98,16 +91,13 @@ def test_option(case):
 
 @pytest.mark.parametrize("n", range(200))
 def test_random_combination(n):
-    case = random_case(n)
-    if asks_for_what_is_not_built(case):
-        case = case.but(softcap=0.0, alibi="", dropout=0.0, sinks=False)
-    check(case)
+    check(random_case(n))
 
 
 @pytest.mark.parametrize(
     "d,dv", [(192, 128), (64, 128), (128, 64), (64, 256), (256, 64), (72, 16), (8, 248), (96, 40)]
 )
-@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 4.0}], ids=str)
 def test_values_of_another_head_dim(d, dv, options):
     check(PLAIN.but(d=d, dv=dv, **options))
 
@@ -143,11 +133,50 @@ def test_offset_of_the_diagonal(d, q_offset):
     call.check(call.run())
 
 
-@pytest.mark.parametrize("d", DIMS)
-def test_many_tiles(d):
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"alibi": "h"}, {"dropout": 0.3}], ids=str)
+def test_many_tiles(d, options):
     """More key tiles than the GPU has multiprocessors, and many heads that share a key head."""
-    call = Call(Case("many", dtype="bf16", b=3, q=260, k=1500, h=(12, 6), d=d, causal=True))
+    call = Call(
+        Case("many", dtype="bf16", b=3, q=260, k=1500, h=(12, 6), d=d, causal=True, **options)
+    )
     call.check(call.run())
+
+
+@pytest.mark.parametrize("d", KERNELS)
+def test_many_packed_tiles(d):
+    lengths = (900, 3, 0, 700, 130, 1, 64, 800)
+    case = Case("many", dtype="bf16", packed_q=lengths, packed_k=lengths, h=(12, 6), d=d)
+    check(case.but(causal=True))
+
+
+@pytest.mark.parametrize("d", KERNELS)
+def test_dropout_seed_on_the_device(d):
+    call = Call(PLAIN.but(d=d, dropout=0.3))
+    want = call.run(deterministic=True)
+    call.options["rng"] = torch.tensor(call.options["rng"], dtype=torch.int64, device="cuda")
+    assert_same_bits(call.run(deterministic=True), want)
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("h", [(2, 2), (4, 1)], ids=str)
+def test_dropout_drops_what_the_mask_says(d, h):
+    """With one-hot dO, dV is P transposed, d queries at a time: its zeros are what is dropped."""
+    rows, keys, rng = 150, 333, (2**62 + 5, 3)
+    kept = fc.dropout_mask((1, h[0], rows, keys), 0.4, rng)[0]
+    for first in range(0, rows, d):
+        for head in range(h[0]):  # alone: heads that share keys add to one dV
+            call = Call(
+                Case("one-hot dO", dtype="bf16", b=1, q=rows, k=keys, h=h, d=d),
+                dropout_p=0.4,
+                rng=rng,
+            )
+            eye = np.eye(rows, d, -first, dtype=np.float32)
+            call.tensors["dout"].zero_()
+            call.tensors["dout"][0, :, head] = torch.from_numpy(eye).cuda()
+            dv = call.run().dv[0, :, head * h[1] // h[0]].float().cpu().numpy()
+            count = min(d, rows - first)
+            np.testing.assert_array_equal(dv[:, :count].T != 0, kept[head, first : first + count])
 
 
 @pytest.mark.parametrize("d", DIMS)
@@ -159,11 +188,13 @@ def test_dk_and_dv_are_the_same_bits_every_time(d):
         assert torch.equal(first.dk, again.dk) and torch.equal(first.dv, again.dv)
 
 
-@pytest.mark.parametrize("d", DIMS)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"softcap": 9.0, "dropout": 0.1}], ids=str
+)
 @pytest.mark.parametrize("h", [(4, 4), (6, 2)], ids=str)
-def test_deterministic(d, causal, h):
-    call = Call(Case("repeat", dtype="bf16", q=700, k=900, h=h, d=d, causal=causal))
+def test_deterministic(d, options, h):
+    call = Call(Case("repeat", dtype="bf16", q=700, k=900, h=h, d=d, **options))
     first = call.run(deterministic=True)
     call.check(first)
     for _ in range(30):
@@ -246,6 +277,26 @@ def test_nothing_is_written_into_a_neighbouring_sequence(d, options):
             assert (rooms[name] == 7).all()
 
 
+@pytest.mark.parametrize("q", [0, 1, 700])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dsinks(q, causal):
+    """The same bits every time, whatever the order of dQ; added to what is there if asked."""
+    call = Call(Case("sinks", dtype="bf16", q=q, k=500, h=(6, 2), d=64, causal=causal, sinks=True))
+    dlse = on_gpu(call.arrays["dlse"].astype(np.float32))
+    first = call.run(dlse=dlse)
+    call.check(first, dlse=call.arrays["dlse"].astype(np.float32))
+    for fixed in (False, True):
+        assert torch.equal(call.run(dlse=dlse, deterministic=fixed).dsinks, first.dsinks)
+
+
+def test_a_row_that_only_a_sink_sees_does_not_look_at_dout():
+    case = Case("above", dtype="bf16", q=400, k=130, d=64, causal=True, sinks=True)
+    call = Call(case)
+    clean = call.run(deterministic=True)
+    call.tensors["dout"][:, :128] = NAN
+    assert_same_bits(call.run(deterministic=True), clean)
+
+
 # ---- excluded positions -------------------------------------------------------------------------
 
 
@@ -263,14 +314,12 @@ def test_poison_around_the_inputs_reaches_nothing(poison):
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", KERNELS)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}], ids=str)
 def test_poison_in_the_padding_reaches_nothing(d, poison, options):
     """Rows past a sequence's length, of every input. Their own gradients are zero."""
     lengths_q, lengths_k = (200, 37), (129, 301)
-    call = Call(
-        PLAIN.but(d=d, q=300, k=420, lengths_q=lengths_q, lengths_k=lengths_k, **options)
-    )
+    call = Call(PLAIN.but(d=d, q=300, k=420, lengths_q=lengths_q, lengths_k=lengths_k, **options))
     for b in range(2):
         call.poison("q", (b, slice(lengths_q[b], None)), poison)
         call.poison("k", (b, slice(lengths_k[b], None)), poison)
@@ -284,7 +333,7 @@ def test_poison_in_the_padding_reaches_nothing(d, poison, options):
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", KERNELS)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}], ids=str)
 def test_poison_in_a_packed_neighbour_reaches_nothing(d, poison, options):
     """The second sequence's rows, which the first one's last tiles and blocks run into."""
@@ -385,11 +434,11 @@ def test_gradients_that_are_not_asked_for_are_not_written():
 
 
 UNBUILT = {
-    "softcap": {"softcap": 1.0},
-    "dropout": {"dropout_p": 0.5, "rng": (1, 2)},
-    "bias": {"bias": (1, 1, 1, 64)},
-    "sinks": {"sinks": (2,)},
-    "alibi": {"alibi_slopes": (2,)},
+    "bias": {"bias": np.ones((1, 1, 1, 64), np.float32)},
+    "mask": {"mask": np.arange(64).reshape(1, 1, 1, 64) % 3 > 0},
+    "block mask": {"block_mask": fc.BlockMask.from_dense(np.ones((64, 64), bool), block=(32, 32))},
+    "zero scale": {"scale": 0.0},
+    "negative scale": {"scale": -0.1},
 }
 
 
@@ -397,17 +446,20 @@ UNBUILT = {
 def test_what_is_not_built_is_refused_or_right(options):
     """Never silently something else: an error that says so, or the reference's result."""
     call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64))
-    host = {
-        name: np.ones(x, np.float32) if name in ("bias", "sinks", "alibi_slopes") else x
+    device = {
+        name: x.map(on_gpu) if isinstance(x, fc.BlockMask) else on_gpu(x)
         for name, x in options.items()
     }
     try:
-        call.run(**{name: on_gpu(x) for name, x in host.items()})
+        call.run(**device)
     except fc.UnsupportedError as e:
         assert "sm90" in str(e) and len(str(e)) > 40
         return
-    call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64), **host)
-    call.check(call.run())
+    call = Call(Case("unbuilt", dtype="bf16", b=1, q=64, k=64, d=64), **options)
+    call.options |= device
+    grads = call.run()
+    call.options |= options
+    call.check(grads)
 
 
 def test_float32_out_or_dout_is_refused_by_name():

@@ -11,20 +11,26 @@ namespace flashcore::sm90::bwd {
 
 struct BwdConfig {
   DType dtype;
-  int head_dim;  // of q, k and v, rounded up; the copy engine pads with zeros
-  int block_m;   // query rows of a step
-  int block_n;   // keys of a tile
-  int stages;    // query blocks (Q and dO) in flight
+  int head_dim;    // of q and k, rounded up; the copy engine pads with zeros
+  int head_dim_v;  // of v
+  bool terms;      // softcap, ALiBi and dropout
+  int block_m;     // query rows of a step
+  int block_n;     // keys of a tile
+  int stages;      // query blocks (Q and dO) in flight
 
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // The consumers divide the keys, or else the columns of dK and dV.
-  constexpr bool by_keys() const { return block_n == 64 * kConsumers; }
+  // What the consumers divide: the keys of a tile; or the columns of dK and dV; or one has dV and
+  // the other dK.
+  constexpr bool by_keys() const { return block_n == 128; }
+  constexpr bool by_columns() const { return block_n == 64 && head_dim == 256; }
+  constexpr bool by_gradient() const { return block_n == 64 && head_dim == 192; }
   constexpr bool valid() const {
-    return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 &&
-           ((head_dim == 64 && block_m == 128 && block_n == 128) ||
-            (head_dim == 128 && block_m == 64 && block_n == 128) ||
-            (head_dim == 256 && block_m == 64 && block_n == 64));
+    return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
+           ((by_keys() && head_dim == head_dim_v &&
+             ((head_dim <= 64 && block_m == 128) || (head_dim <= 128 && block_m == 64))) ||
+            (by_columns() && block_m == 64 && head_dim_v == 256) ||
+            (by_gradient() && block_m == 64 && (head_dim_v == 128 || head_dim_v == 192)));
   }
 };
 
@@ -40,19 +46,22 @@ struct BwdParams {
   Matrix out_ref, dout_ref;   // for preprocess
   Matrix dq, dk, dv;
   const float *lse, *dlse;  // dlse may be null
+  const float* sinks;       // [heads]; null without dsinks
+  float* dsinks;            // [heads]; null: not asked for
   int64_t lse_batch_stride, lse_head_stride, dlse_batch_stride, dlse_head_stride;
 
   // The workspace. A head's rows are padded to whole query blocks, sequence by sequence.
-  float* minus_lse;    // [head][query block][row]: -lse / scale; -inf where P is to be zero
+  float* minus_lse;    // [head][query block][row]: -lse / score_scale; -inf where P is to be zero
   float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
   float* dq_sum;       // [slot][query block][block_m * head_dim], see dq.cuh
   int head_blocks;     // query blocks of a head, of all sequences
   int slot_blocks;     // the same of a slot of dq_sum
   bool block_slots;    // a slot per head that a block of threads works on, not per head
 
-  float scale;
-  float scale_log2;  // scale * log2(e)
-  int heads;         // of q
+  float scale;        // of dQ and dK
+  float score_scale;  // of the scores: the softcap if there is one
+  float scale_log2;   // score_scale * log2(e)
+  int heads;          // of q
   int head_dim, head_dim_v;
   int group;  // query heads per key head
   bool accumulate;
@@ -66,6 +75,15 @@ struct BwdParams {
   const int32_t* q_offset_tensor;
   tile::Window window;
 
+  // Only kernels with terms look at these.
+  float softcap_inner;        // scale / softcap; 0: no softcap
+  const float* alibi_slopes;  // may be null
+  int64_t alibi_batch_stride;
+  uint32_t dropout_threshold;  // 0: no dropout
+  float dropout_scale;
+  uint64_t rng_seed, rng_offset;
+  const int64_t* rng_tensor;  // {seed, offset}; wins over the above when not null
+
   // Key tiles in their order. Either they are dealt out one by one and add to dQ in any order; or a
   // block takes all tiles of a key head, in rising order: then it can set the sums of dQ instead of
   // adding to zeros, and the last tile that adds can write dQ itself.
@@ -75,6 +93,9 @@ struct BwdParams {
   // it sets.
   tile::TileScheduler scheduler;
 };
+
+// After preprocess: dsinks from its statistics.
+void launch_dsinks(const BwdParams& params, int block_m, cudaStream_t stream);
 
 // One row of instances.def; its translation unit defines it.
 template <BwdConfig kConfig>

@@ -19,10 +19,10 @@ struct Consumer {
   FC_DEVICE const Work& work() const { return sh.work; }
 
   // This thread's keys. Worked out where they are needed, for the same reason.
-  FC_DEVICE KeyPair keys() const {
-    int const thread = thread_index();
-    return KeyPair(work(),
-                   (T::kByKeys ? 64 * index : 0) + thread % 128 / 32 * 16 + thread % 32 / 4);
+  FC_DEVICE KeyPair keys() const { return KeyPair(work(), warp_key() + thread_index() % 32 / 4); }
+  // The first of the warp's sixteen keys, of the tile.
+  FC_DEVICE int warp_key() const {
+    return (T::kByKeys ? 64 * index : 0) + thread_index() % 128 / 32 * 16;
   }
 
   // A step: a query block of a query head of the group. Worked out before the wait that ends the

@@ -43,13 +43,9 @@ std::string unbuilt(const Problem& p) {
   auto refuse = [](const char* what) {
     return text("the backward pass of ", what, " is not built for sm90 yet; on the CPU it is");
   };
-  if (p.softcap > 0) return refuse("softcap");
-  if (p.alibi_slopes) return refuse("alibi_slopes");
   if (p.bias) return refuse("bias");
   if (p.mask) return refuse("mask");
-  if (p.sinks) return refuse("sinks");
   if (p.q_blocks || p.kv_blocks) return refuse("block_mask");
-  if (p.dropout_threshold) return refuse("dropout");
   return {};
 }
 
@@ -59,10 +55,16 @@ int64_t batch_k(const Problem& p) { return p.cu_seqlens_k ? 1 : p.batch; }
 int64_t rows_q(const Problem& p) { return p.cu_seqlens_q ? p.total_q : p.seqlen_q; }
 int64_t rows_k(const Problem& p) { return p.cu_seqlens_k ? p.total_k : p.seqlen_k; }
 
+// What only kernels with terms compute.
+bool has_terms(const Problem& p) { return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold; }
+
 std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
-  if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim); !why.empty()) return why;
+  if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
   if (std::string why = unbuilt(p); !why.empty()) return why;
+  if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
+  if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
+    return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
   const struct {
     const char* name;
@@ -130,7 +132,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                     void* stream) {
   Instance const& instance = instance_of(kernel);
   BwdConfig const& c = instance.config;
-  if (p.batch == 0) return;
+  if (p.batch == 0 && !p.dsinks) return;
   cuda::DeviceGuard const guard(p.device_id);
   Division const d(c, p);
 
@@ -140,11 +142,11 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                ? row_window_map(r, p.dtype, cols, rows_q(p), p.num_heads_q, batch_q(p), c.block_m)
                : row_window_map(r, p.dtype, cols, rows_k(p), p.num_heads_kv, batch_k(p), c.block_n);
   };
-  if (rows_k(p) > 0) {  // else nothing is ever fetched
+  if (p.batch * rows_k(p) > 0) {  // else nothing is ever fetched
     params.k = map(p.k, p.head_dim, false);
     params.v = map(p.v, p.head_dim_v, false);
   }
-  if (rows_q(p) > 0) {
+  if (p.batch * rows_q(p) > 0) {
     params.q = map(p.q, p.head_dim, true);
     params.dout = map(p.dout, p.head_dim_v, true);
   }
@@ -162,6 +164,8 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.dlse = static_cast<const float*>(p.dlse.data);
   params.dlse_batch_stride = p.dlse.batch_stride;
   params.dlse_head_stride = p.dlse.head_stride;
+  params.sinks = p.sinks;
+  params.dsinks = p.dsinks;
   auto part = [&](int64_t offset) {
     return reinterpret_cast<float*>(static_cast<char*>(memory) + offset);
   };
@@ -172,7 +176,9 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.slot_blocks = static_cast<int>(d.slot_blocks);
   params.block_slots = d.block_slots;
   params.scale = static_cast<float>(p.scale);
-  params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
+  double const score_scale = p.softcap > 0 ? p.softcap : p.scale;  // see terms.cuh
+  params.score_scale = static_cast<float>(score_scale);
+  params.scale_log2 = static_cast<float>(score_scale * 1.4426950408889634);
   params.heads = static_cast<int>(p.num_heads_q);
   params.head_dim = static_cast<int>(p.head_dim);
   params.head_dim_v = static_cast<int>(p.head_dim_v);
@@ -191,6 +197,15 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.q_offset = p.q_offset;
   params.q_offset_tensor = p.q_offset_tensor;
   params.window = p.window;
+
+  params.softcap_inner = p.softcap > 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
+  params.alibi_slopes = p.alibi_slopes;
+  params.alibi_batch_stride = p.alibi_batch_stride;
+  params.dropout_threshold = p.dropout_threshold;
+  params.dropout_scale = static_cast<float>(p.dropout_scale);
+  params.rng_seed = p.rng_seed;
+  params.rng_offset = p.rng_offset;
+  params.rng_tensor = p.rng_tensor;
 
   params.whole_heads = d.whole_heads;
   int64_t const most = max_of(max_of(d.tiles, d.pairs), p.num_heads_q * d.head_blocks);
@@ -220,6 +235,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
               });
   }
   instance.launch(params, d.blocks, p.device_id, static_cast<cudaStream_t>(stream));
+  if (p.dsinks) launch_dsinks(params, c.block_m, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -231,8 +247,9 @@ std::vector<Kernel> table() {
   std::vector<Kernel> rows;
   for (Instance const& i : kInstances) {
     BwdConfig const& c = i.config;
-    names.push_back(text("sm90-bwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim, "-",
-                         c.block_m, "x", c.block_n));
+    names.push_back(text("sm90-bwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
+                         c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v),
+                         c.terms ? "-terms" : "", "-", c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;
     info.direction = FLASHCORE_BACKWARD;
@@ -241,7 +258,8 @@ std::vector<Kernel> table() {
     info.isa = "sm_90a";
     info.dtype = dtype_name(c.dtype);
     info.mask = "window";
-    info.head_dim = info.head_dim_v = c.head_dim;
+    info.head_dim = c.head_dim;
+    info.head_dim_v = c.head_dim_v;
     info.block_m = c.block_m;
     info.block_n = c.block_n;
     info.usable = usable;

@@ -7,12 +7,14 @@
 //     warpgroup 0     producer   one thread tells the copy engine to fetch K, V; then Q, dO blocks
 //     warpgroup 1, 2  consumers  their part of dK and dV stays in registers for the whole tile
 //
-// One step is one block of query rows of one query head: steps_by_keys.cuh, steps_by_columns.cuh.
+// One step is one block of query rows of one query head: steps_by_keys.cuh, steps_by_columns.cuh,
+// steps_by_gradient.cuh.
 // Query heads that share a key head follow one another in the tile, so dK and dV need no sums in
 // memory. dQ does (dq.cuh). The tile loop is persistent: rings keep stage and parity across tiles,
 // so the producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
 #pragma once
 #include "sm90/bwd/steps_by_columns.cuh"
+#include "sm90/bwd/steps_by_gradient.cuh"
 #include "sm90/bwd/steps_by_keys.cuh"
 #include "sm90/bwd/store.cuh"
 #include "sm90/ptx/tma.cuh"
@@ -33,22 +35,28 @@ struct Kernel {
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.dout);
+    if (T::kTerms && p.dropout_threshold)
+      sh.dropout = p.rng_tensor ? tile::dropout_key(p.rng_tensor[0], p.rng_tensor[1])
+                                : tile::dropout_key(p.rng_seed, p.rng_offset);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
-    KeyTiles tiles(blockIdx.x, gridDim.x);
+    sh.tiles = KeyTiles(blockIdx.x, gridDim.x);
     for (;;) {
+      // Worked out before the wait, and kept where it takes no registers.
       tile::Tile tile;
-      Work const work = tiles.next(p, T::kBlockN, tile) ? Work::of(p, tile, T::kBlockM, T::kBlockN)
-                                                        : Work::none();
+      if (sh.tiles.next(p, T::kBlockN, tile))
+        sh.next.set(p, tile, T::kBlockM, T::kBlockN);
+      else
+        sh.next.key = -1;
       sh.k_free.wait(parity);
-      sh.work = work;
-      if (work.key < 0) break;
-      if (work.empty()) {
+      sh.work.take(sh.next);
+      if (sh.work.key < 0) break;
+      if (sh.work.empty()) {
         sh.v_free.wait(parity);
         sh.k_ready.arrive();
         sh.v_ready.arrive();
       } else {
-        load_tile(p, sh, work, ring, parity);
+        load_tile(p, sh, ring, parity);
       }
       parity ^= 1;
     }
@@ -56,13 +64,13 @@ struct Kernel {
   }
 
   // K, V and the query blocks in the order in which they are used.
-  FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, const Work& work, Ring& ring,
-                                  uint32_t parity) {
+  FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, Ring& ring, uint32_t parity) {
+    const Work& work = sh.work;
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
     int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
     RowWindow const keys =
         row_window(T::kBlockN, work.k_begin + work.key, work.seqlen_k - work.key);
-    load<T::kBlockN>(sh.k, p.k, sh.k_ready, keys, work.kv_head, batch_k, once);
+    load<T::kBlockN, T::kPanels>(sh.k, p.k, sh.k_ready, keys, work.kv_head, batch_k, once);
     bool fresh = true;
     for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
       int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
@@ -70,30 +78,30 @@ struct Kernel {
         int const s = ring.stage, row = m * T::kBlockM;
         RowWindow const rows = row_window(T::kBlockM, work.q_begin + row, work.seqlen_q - row);
         sh.free[s].wait(ring.parity);
-        load<T::kBlockM>(sh.q[s], p.q, sh.q_ready[s], rows, head, batch_q, shared_by_tiles,
-                         sh.minus_lse[s], p.minus_lse + stats);
+        load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], rows, head, batch_q,
+                                     shared_by_tiles, sh.minus_lse[s], p.minus_lse + stats);
         if (fresh) {
           sh.v_free.wait(parity);
-          load<T::kBlockN>(sh.v, p.v, sh.v_ready, keys, work.kv_head, batch_k, once);
+          load<T::kBlockN, T::kPanelsV>(sh.v, p.v, sh.v_ready, keys, work.kv_head, batch_k, once);
           fresh = false;
         }
-        load<T::kBlockM>(sh.dout[s], p.dout, sh.dout_ready[s], rows, head, batch_q, shared_by_tiles,
-                         sh.minus_delta[s], p.minus_delta + stats);
+        load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], rows, head, batch_q,
+                                      shared_by_tiles, sh.minus_delta[s], p.minus_delta + stats);
         ring.advance();
       }
     }
   }
 
-  // kRows x kHeadDim, one box per panel, and the rows' statistics if there are any. Rows past the
+  // kRows rows, one box per panel, and the rows' statistics if there are any. Rows past the
   // end of the sequence become zeros, whatever is there: what they are multiplied with is zero, and
   // 0 * NaN is not. Columns past the end do, too.
-  template <int kRows>
+  template <int kRows, int kPanels>
   FC_DEVICE static void load(char* smem, const CUtensorMap& map, Barrier& ready, RowWindow rows,
                              int head, int batch, uint64_t policy, float* stats = nullptr,
                              const float* global_stats = nullptr) {
-    ready.arrive_expect(kRows * T::kHeadDim * 2 + (stats ? kRows * 4 : 0));
+    ready.arrive_expect(kRows * kPanels * kPanelBytes + (stats ? kRows * 4 : 0));
 #pragma unroll
-    for (int panel = 0; panel < T::kPanels; ++panel)
+    for (int panel = 0; panel < kPanels; ++panel)
       tma_load(smem + panel * kRows * kPanelBytes, map, ready, panel * kPanelCols, rows.skipped,
                rows.end, head, batch, policy);
     if (stats) bulk_load(stats, global_stats, kRows * 4, ready);
@@ -108,14 +116,21 @@ struct Kernel {
     for (uint32_t parity = 0;; parity ^= 1) {
       sh.k_ready.wait(parity);
       if (sh.work.key < 0) break;
-      typename T::GradientTile rdK, rdV;
+      typename T::GradientTile gradients[T::kByGradient ? 1 : 2];
+      auto &rdK = gradients[0], &rdV = gradients[T::kByGradient ? 0 : 1];
 #pragma unroll
       for (int i = 0; i < T::kGradientCols / 2; ++i) rdK[i] = rdV[i] = 0.0f;
       Consumer<T> const c{p, sh, consumer, ring, ds, rdK, rdV};
       if (sh.work.empty())
         c.release(sh.v_free);
+      else if constexpr (T::kByKeys)
+        StepsByKeys<T>::run(c, parity);
+      else if constexpr (!T::kByGradient)
+        StepsByColumns<T>::run(c, parity);
+      else if (consumer == 0)
+        StepsByGradient<T, true>::run(c, parity);
       else
-        std::conditional_t<T::kByKeys, StepsByKeys<T>, StepsByColumns<T>>::run(c, parity);
+        StepsByGradient<T, false>::run(c, parity);
       Work const work = sh.work;
       __syncwarp();
       c.release(sh.k_free);
@@ -127,15 +142,16 @@ struct Kernel {
                               const typename T::GradientTile& rdK,
                               const typename T::GradientTile& rdV) {
     int const key = work.key + (T::kByKeys ? 64 * consumer : 0);
-    int const col = T::kByKeys ? 0 : T::kGradientCols * consumer;
-    if (p.dv.data)
-      store_rows<Element>(p.dv, p.accumulate, rdV, 1.0f, work.batch, work.kv_head,
-                          int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
-                          col, p.head_dim_v - col);
-    if (p.dk.data)
-      store_rows<Element>(p.dk, p.accumulate, rdK, p.scale, work.batch, work.kv_head,
-                          int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
-                          col, p.head_dim - col);
+    int const col = T::kByKeys || T::kByGradient ? 0 : T::kGradientCols * consumer;
+    auto put = [&](const Matrix& to, const typename T::GradientTile& x, float scale, int cols) {
+      if (to.data)
+        store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
+                            int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
+                            col, cols - col);
+    };
+    if (!T::kByGradient || consumer == 0)
+      put(p.dv, rdV, T::kTerms ? p.dropout_scale : 1.0f, p.head_dim_v);
+    if (!T::kByGradient || consumer == 1) put(p.dk, rdK, p.scale, p.head_dim);
   }
 
   FC_DEVICE static void init_barriers(Shared& sh) {

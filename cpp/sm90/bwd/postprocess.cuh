@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(T::kConsumerThreads)
   int const consumer = threadIdx.x / 128;
 
   typename T::DqTile dq = {};
-  add_sums(dq, dq_block<T>(p, blockIdx.x) + dq_offset<T>(threadIdx.x));
-  int const row = at.row + dq_row<T>(consumer), col = dq_col<T>(consumer);
+  add_sums(dq, dq_block<T>(p, blockIdx.x) + T::Dq::offset(threadIdx.x), T::Dq::quads(consumer));
+  int const row = at.row + T::Dq::row(consumer), col = T::Dq::col(consumer);
   store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, at.batch, head,
                                   seq.q_begin + row, static_cast<int>(seq.seqlen_q) - row,
                                   at.row + at.written - row, col, p.head_dim - col);

@@ -47,7 +47,7 @@ template <class T>
 __global__ void __launch_bounds__(kPreprocessThreads)
     flash_bwd_sm90_preprocess(const __grid_constant__ BwdParams p) {
   using Element = typename T::Element;
-  constexpr int kLanes = T::kHeadDim / 8;  // of one row, 16 bytes each
+  constexpr int kLanes = T::kPanelsV > 2 ? 32 : 8 * T::kPanelsV;  // of one row, 16 bytes each
   constexpr int kRows = kPreprocessThreads / kLanes;
   static_assert(T::kBlockM % kRows == 0 && kLanes <= 32);
 
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + of_tensor];
     int64_t const to = int64_t{blockIdx.x} * T::kBlockM + row;
     p.minus_delta[to] = -delta;
-    p.minus_lse[to] = lse == -INFINITY ? -INFINITY : -lse / p.scale;
+    p.minus_lse[to] = lse == -INFINITY ? -INFINITY : -lse / p.score_scale;
   }
 }
 

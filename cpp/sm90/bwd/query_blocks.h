@@ -23,6 +23,7 @@ FC_HD constexpr int64_t first_query_block(P const& p, int64_t batch, int block_m
 // Of a head: what all sequences need, with rows the rows of a packed tensor.
 template <class P>
 FC_HD constexpr int64_t query_blocks(P const& p, int64_t rows, int block_m) {
+  if (p.batch == 0) return 0;
   return p.cu_seqlens_q ? rows / block_m + p.batch
                         : p.batch * ceil_div<int64_t>(p.seqlen_q, block_m);
 }

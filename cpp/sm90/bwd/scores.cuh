@@ -57,7 +57,7 @@ struct KeyPair {
 // key.
 template <int N>
 FC_DEVICE void exclude(float (&x)[N], KeyPair const& keys, int row, float value) {
-  int const query = row + 2 * (static_cast<int>(threadIdx.x) % 4);
+  int const query = row + 2 * (thread_index() % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int const first = r < keys.existing ? keys.first + 8 * r - query : N * 4;

@@ -9,6 +9,7 @@
 #pragma once
 #include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dq.cuh"
+#include "sm90/bwd/terms.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -34,7 +35,7 @@ struct StepsByKeys {
       first = false;
     }
     step<false>(c, rS, rdP, at, first);
-    auto& rdQ = reinterpret_cast<typename T::DqTile&>(rdP);
+    auto& rdQ = reinterpret_cast<typename T::DqProduct&>(rdP);
     wait_ds(c);
     issue_dq(c, rdQ);
     wgmma_wait<0>();
@@ -42,37 +43,48 @@ struct StepsByKeys {
     pin(c.rdK);
     pin(c.rdV);
     c.release(c.sh.ds_free[c.ds.stage ^ 1]);
-    put_dq<T, 0>(c.p, c.work(), c.index, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), at.head, at.m),
-                 rdQ);
+    put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), at.head, at.m), rdQ);
   }
 
  private:
-  // Issues S^T - lse / scale for the ring's stage.
+  // Issues S^T - lse / scale for the ring's stage; with terms, S^T.
   FC_DEVICE static void score(const Consumer& c, typename T::ScoreTile& rS) {
     c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
-    set_columns(rS, c.sh.minus_lse[c.ring.stage]);
+    if constexpr (!T::kTerms) set_columns(rS, c.sh.minus_lse[c.ring.stage]);
     wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, true>(
+    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, !T::kTerms>(
         rS, c.sh.k + 64 * c.index * kPanelBytes, c.sh.q[c.ring.stage]);
     wgmma_commit();
   }
   // What dP^T of the ring's stage is added to.
   FC_DEVICE static void set_dp(const Consumer& c, typename T::ScoreTile& rdP) {
     c.sh.dout_ready[c.ring.stage].wait(c.ring.parity);
-    set_columns(rdP, c.sh.minus_delta[c.ring.stage]);
+    if constexpr (!T::kTerms) set_columns(rdP, c.sh.minus_delta[c.ring.stage]);
+  }
+  FC_DEVICE static void issue_dp(const Consumer& c, typename T::ScoreTile& rdP) {
+    wgmma_fence();
+    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, !T::kTerms>(
+        rdP, c.sh.v + 64 * c.index * kPanelBytes, c.sh.dout[c.ring.stage]);
+    wgmma_commit();
   }
   // Waits for the dS that was stored last, of all consumers.
   FC_DEVICE static void wait_ds(const Consumer& c) {
     c.sh.ds_ready[c.ds.stage ^ 1].wait(c.ds.stage == 0 ? c.ds.parity ^ 1 : c.ds.parity);
   }
   // Issues its dQ.
-  FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqTile& rdQ) {
+  FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqProduct& rdQ) {
     int const buffer = c.ds.stage ^ 1;
     wgmma_fence();
-    gemm_ab<Element, T::kDqCols, T::kBlockN, T::kBlockM>(
-        rdQ, c.sh.ds[buffer] + dq_row<T>(c.index) * kPanelBytes,
-        c.sh.k + dq_col<T>(c.index) / kPanelCols * T::kBlockN * kPanelBytes);
+    gemm_ab<Element, T::Dq::kProductCols, T::kBlockN, T::kBlockM>(
+        rdQ, c.sh.ds[buffer] + T::Dq::row(c.index) * kPanelBytes,
+        c.sh.k + T::Dq::panel(c.index) * T::kBlockN * kPanelBytes);
     wgmma_commit();
+  }
+  FC_DEVICE static void put(const Consumer& c, int head, int m, float* sums,
+                            const typename T::DqProduct& product) {
+    typename T::DqTile dq;
+    take_dq<T>(dq, product, c.index);
+    put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, dq);
   }
 
   // The step whose S^T is complete in rS, with rdP set. With kNext there is a step after it, which
@@ -85,15 +97,11 @@ struct StepsByKeys {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
     typename T::ProbTile rP, rdS;
+    Scores<T> scores;
 
-    wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, true>(
-        rdP, sh.v + 64 * c.index * kPanelBytes, sh.dout[stage]);
-    wgmma_commit();
-
-    if (at.masked) exclude(rS, c.keys(), at.m * T::kBlockM, -INFINITY);
-    exponentiate(rS, c.p.scale_log2);
-    pack_tile<Element>(rP, rS);
+    if constexpr (!T::kTerms) issue_dp(c, rdP);
+    scores.probabilities(c, rS, rP, at, at.m * T::kBlockM, sh.minus_lse[stage]);
+    if constexpr (T::kTerms) issue_dp(c, rdP);  // until here its registers were needed
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdV, rP, sh.dout[stage]);
     wgmma_commit();
@@ -101,8 +109,7 @@ struct StepsByKeys {
 
     wgmma_wait<1>();  // dP is complete, dV may still be running
     pin(rdP);
-    differentiate(rdP, rS);
-    if (at.masked) exclude(rdP, c.keys(), at.m * T::kBlockM, 0.0f);
+    scores.gradients(c, rdP, rS, at, at.m * T::kBlockM, sh.minus_delta[stage]);
     pack_tile<Element>(rdS, rdP);
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdK, rdS, sh.q[stage]);
@@ -113,7 +120,7 @@ struct StepsByKeys {
     fence_async_shared();
     c.release(sh.ds_ready[c.ds.stage]);
     // dQ goes where dP was: given registers of its own, it would not fit.
-    auto& rdQ = reinterpret_cast<typename T::DqTile&>(rdP);
+    auto& rdQ = reinterpret_cast<typename T::DqProduct&>(rdP);
     if (!first) wait_ds(c);
     issue_dq(c, rdQ);
     wgmma_wait<1>();  // all but dQ
@@ -130,7 +137,7 @@ struct StepsByKeys {
     pin(rdQ);
     if (!first) {
       c.release(sh.ds_free[c.ds.stage]);
-      put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, rdQ);
+      put(c, head, m, sums, rdQ);
     }
     if constexpr (kNext) {
       set_dp(c, rdP);

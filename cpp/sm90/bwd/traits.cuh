@@ -2,9 +2,11 @@
 #pragma once
 #include <type_traits>
 
+#include "sm90/bwd/dq_layout.h"
 #include "sm90/bwd/work.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/wgmma.cuh"
+#include "tile/rng.h"
 
 namespace flashcore::sm90::bwd {
 
@@ -14,7 +16,10 @@ struct Traits {
   using Element = std::conditional_t<kConfig.dtype == DType::bf16, __nv_bfloat16, __half>;
 
   static constexpr int kHeadDim = kConfig.head_dim;
-  static constexpr int kPanels = kHeadDim / kPanelCols;
+  static constexpr int kHeadDimV = kConfig.head_dim_v;
+  static constexpr int kPanels = ceil_div(kHeadDim, kPanelCols);
+  static constexpr int kPanelsV = ceil_div(kHeadDimV, kPanelCols);
+  static constexpr bool kTerms = kConfig.terms;
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
@@ -27,34 +32,35 @@ struct Traits {
 
   enum NamedBarrier : int { kMeet = 1, kHeadStart = 2 };  // 0 is __syncthreads
 
-  // Of dK and dV: a consumer keeps 64 keys, or all of the tile's with a part of the columns.
+  // Of dK and dV: a consumer keeps 64 keys, or all of the tile's with a part of the columns; or it
+  // keeps the one or the other.
   static constexpr bool kByKeys = kConfig.by_keys();
-  static constexpr int kGradientCols = kByKeys ? kHeadDim : kHeadDim / kConsumers;
+  static constexpr bool kByGradient = kConfig.by_gradient();
+  static constexpr int kGradientCols = kConfig.by_columns() ? kHeadDim / kConsumers : kHeadDim;
   // Queries whose scores a consumer computes, against its 64 keys.
   static constexpr int kScoreQueries = kByKeys ? kBlockM : kBlockM / kConsumers;
 
-  // dQ of a step is one block_m x head_dim tile: a consumer takes 64 rows of it, or 64 rows of its
-  // own half of the columns.
-  static constexpr bool kDqByRows = kBlockM == 64 * kConsumers;
-  static constexpr int kDqCols = kDqByRows ? kHeadDim : kHeadDim / kConsumers;
-  static_assert(kDqByRows || kBlockM == 64);
-  static_assert(kDqCols % kPanelCols == 0);
+  using Dq = DqLayout<kBlockM, kHeadDim>;
 
-  static constexpr int kQBytes = kBlockM * kHeadDim * 2;
-  static constexpr int kKvBytes = kBlockN * kHeadDim * 2;
+  static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
+  static constexpr int kDoutBytes = kBlockM * kPanelsV * kPanelBytes;
+  static constexpr int kKBytes = kBlockN * kPanels * kPanelBytes;
+  static constexpr int kVBytes = kBlockN * kPanelsV * kPanelBytes;
   static constexpr int kStatBytes = kBlockM * 4;
 
   struct Shared {
-    alignas(1024) char k[kKvBytes];
-    alignas(1024) char v[kKvBytes];
+    alignas(1024) char k[kKBytes];
+    alignas(1024) char v[kVBytes];
     alignas(1024) char q[kStages][kQBytes];
-    alignas(1024) char dout[kStages][kQBytes];
+    alignas(1024) char dout[kStages][kDoutBytes];
     // dS, and P where registers do not hold it: rows of queries, panels of 64 keys.
     alignas(1024) char ds[2][kBlockM * kBlockN * 2];
     alignas(1024) char p[kByKeys ? 1 : 2][kByKeys ? 1024 : kBlockM * kBlockN * 2];
     alignas(128) float minus_lse[kStages][kBlockM];
     alignas(128) float minus_delta[kStages][kBlockM];
-    Work work;
+    Work work, next;
+    KeyTiles tiles;
+    tile::DropoutKey dropout;  // of the call
     Barrier k_ready, v_ready, k_free, v_free;
     Barrier ds_ready[2], ds_free[2];
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
@@ -63,8 +69,9 @@ struct Traits {
 
   using ScoreTile = float[kScoreQueries / 2];     // S^T, dP^T: 64 x kScoreQueries
   using ProbTile = uint32_t[kScoreQueries / 4];   // P^T, dS^T: the same, packed to 16 bits
-  using GradientTile = float[kGradientCols / 2];  // dK, dV: 64 x kGradientCols
-  using DqTile = float[kDqCols / 2];              // dQ: 64 x kDqCols
+  using GradientTile = float[kGradientCols / 2];  // dK, dV: 64 x kGradientCols (dV at most)
+  using DqProduct = float[Dq::kProductCols / 2];  // dQ, as the product leaves it
+  using DqTile = float[Dq::kCols / 2];            // and what the consumer keeps of it
 };
 
 }  // namespace flashcore::sm90::bwd

@@ -25,52 +25,64 @@ struct alignas(16) Work {
   int written_q, written_k;  // rows of its gradients: padding too, which gets zeros
   int stats;                 // of head 0: its first query block among all, of the statistics
   int sums;                  // the same of the sums of dQ
+  int diagonal;              // how far past `key` the key is that row 0 faces
 
   FC_DEVICE bool empty() const { return last <= first; }
   FC_DEVICE bool masked(int m) const { return m < full || m >= last_full; }
 
-  static FC_DEVICE Work none() { return {-1}; }
-
-  // tile.m_block: which key tile of the sequence.
-  static FC_DEVICE Work of(const BwdParams& p, tile::Tile tile, int block_m, int block_n) {
-    tile::Sequence const seq = tile::sequence_of(p, tile.batch);
-    int const n = tile.m_block, key = n * block_n;
-    tile::BlockRange const rows = rows_of(p, seq, n, block_m, block_n);
-    tile::BlockRange const before = rows_of(p, seq, n - 1, block_m, block_n);
-    tile::BlockRange const after = rows_of(p, seq, n + 1, block_m, block_n);
-    bool const whole = key + block_n <= seq.seqlen_k;
+  // tile.m_block: which key tile of the sequence. Field by field, since the producer has few
+  // registers.
+  FC_DEVICE void set(const BwdParams& p, tile::Tile tile, int block_m, int block_n) {
     auto narrow = [](int64_t x) { return static_cast<int>(x); };
-    int const stats = narrow(first_query_block(p, tile.batch, block_m));
-    return {key,
-            tile.head,
-            tile.batch,
-            narrow(rows.first),
-            narrow(whole ? rows.first_full : rows.last),
-            narrow(rows.last_full),
-            narrow(rows.last),
-            far(key - seq.q_offset - p.window.right),
-            far(key - seq.q_offset + p.window.left + 1),
-            narrow(!p.whole_heads   ? rows.last
-                   : before.empty() ? rows.first
-                                    : before.last),
-            narrow(!p.whole_heads  ? rows.first
-                   : after.empty() ? rows.last
-                                   : after.first),
-            narrow(seq.q_begin),
-            narrow(seq.k_begin),
-            narrow(seq.seqlen_q),
-            narrow(seq.seqlen_k),
-            p.cu_seqlens_q ? narrow(seq.seqlen_q) : p.seqlen_q,
-            p.cu_seqlens_k ? narrow(seq.seqlen_k) : p.seqlen_k,
-            stats,
-            p.block_slots ? (static_cast<int>(blockIdx.x) - tile.head) * p.group * p.slot_blocks
-                          : stats};
+    tile::Sequence const seq = tile::sequence_of(p, tile.batch);
+    int const n = tile.m_block;
+    kv_head = tile.head;
+    batch = tile.batch;
+    key = n * block_n;
+    q_begin = narrow(seq.q_begin);
+    k_begin = narrow(seq.k_begin);
+    seqlen_q = narrow(seq.seqlen_q);
+    seqlen_k = narrow(seq.seqlen_k);
+    written_q = p.cu_seqlens_q ? seqlen_q : p.seqlen_q;
+    written_k = p.cu_seqlens_k ? seqlen_k : p.seqlen_k;
+    stats = narrow(first_query_block(p, tile.batch, block_m));
+    sums = p.block_slots ? (static_cast<int>(blockIdx.x) - tile.head) * p.group * p.slot_blocks
+                         : stats;
+    diagonal = far(seq.q_offset - key);
+    window_first = far(key - seq.q_offset - p.window.right);
+    window_last = far(key - seq.q_offset + p.window.left + 1);
+    asm volatile("" ::: "memory");  // all of the above is stored before the rest begins
+    tile::BlockRange const rows = rows_of(p, seq, n, block_m, block_n);
+    first = fresh = narrow(rows.first);
+    last = complete = narrow(rows.last);
+    full = key + block_n <= seqlen_k ? narrow(rows.first_full) : last;
+    last_full = narrow(rows.last_full);
+    asm volatile("" ::: "memory");
+    if (p.whole_heads) {
+      if (n > 0) {
+        tile::BlockRange const before = rows_of(p, seq, n - 1, block_m, block_n);
+        if (!before.empty()) fresh = narrow(before.last);
+      }
+      asm volatile("" ::: "memory");
+      tile::BlockRange const after = rows_of(p, seq, n + 1, block_m, block_n);
+      if (!after.empty()) complete = narrow(after.first);
+    } else {
+      fresh = last;
+      complete = first;
+    }
+  }
+
+  // 16 bytes at a time, for the same reason.
+  FC_DEVICE void take(const Work& from) {
+#pragma unroll 1
+    for (unsigned i = 0; i < sizeof(Work) / 16; ++i)
+      reinterpret_cast<uint4*>(this)[i] = reinterpret_cast<const uint4*>(&from)[i];
+    asm volatile("" ::: "memory");
   }
 
   // The query blocks of key tile n of a sequence; none if there is no such tile.
   static FC_HD constexpr tile::BlockRange rows_of(const BwdParams& p, const tile::Sequence& seq,
                                                   int64_t n, int block_m, int block_n) {
-    if (n < 0) return {};
     return tile::row_blocks(p.window, n * block_n, min_of<int64_t>((n + 1) * block_n, seq.seqlen_k),
                             seq.q_offset, seq.seqlen_q, block_m);
   }

@@ -60,7 +60,7 @@ struct Repair {
   // The score and the weight of one pair, as the kernel would have them.
   FC_DEVICE static float score(const FwdParams& p, const Work& work, float s, int64_t distance) {
     if constexpr (T::kTerms) {
-      if (p.softcap_inner != 0.0f) s = ScoreTerms::tanh(s * p.softcap_inner);
+      if (p.softcap_inner != 0.0f) s = tanh_approx(s * p.softcap_inner);
       if (p.alibi_slopes)
         s -= p.alibi_slopes[work.batch * p.alibi_batch_stride + work.head] / p.scale *
              fabsf(static_cast<float>(distance));

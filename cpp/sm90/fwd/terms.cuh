@@ -32,21 +32,12 @@ struct ScoreTerms {
                         : tile::dropout_key(p.rng_seed, p.rng_offset);
   }
 
-  // 1 - 2 / (e^2x + 1): its error is absolute, as small as a rounding of 1, which is what the
-  // exponential of the softmax asks for.
-  // Near zero a polynomial, or a large softcap would magnify that error.
-  static FC_DEVICE float tanh(float x) {
-    float const large = 1.0f - 2.0f * rcp_approx(exp2_approx(x * 2.8853900817779268f) + 1.0f);
-    float const small = __fmaf_rn(x * x * -0.33333333f, x, x);
-    return fabsf(x) < 0.04f ? small : large;
-  }
-
   // s: this thread's share of the scores of keys from `col` on.
   template <int N>
   FC_DEVICE void apply(const FwdParams& p, float (&s)[N], int col) const {
     if (p.softcap_inner != 0.0f) {
 #pragma unroll
-      for (float& x : s) x = tanh(x * p.softcap_inner);
+      for (float& x : s) x = tanh_approx(x * p.softcap_inner);
     }
     if (p.alibi_slopes) {
       int const distance = diagonal - col - 2 * (threadIdx.x % 4);

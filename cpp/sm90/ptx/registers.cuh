@@ -56,6 +56,15 @@ FC_DEVICE float rcp_approx(float x) {
   return y;
 }
 
+// 1 - 2 / (e^2x + 1): its error is absolute, as small as a rounding of 1, which is what the
+// exponential of a softmax asks for. Near zero a polynomial, or a large softcap would magnify that
+// error.
+FC_DEVICE float tanh_approx(float x) {
+  float const large = 1.0f - 2.0f * rcp_approx(exp2_approx(x * 2.8853900817779268f) + 1.0f);
+  float const small = __fmaf_rn(x * x * -0.33333333f, x, x);
+  return fabsf(x) < 0.04f ? small : large;
+}
+
 // Two floats as one register of 16-bit values: lo in the low half.
 template <class T>
 FC_DEVICE uint32_t pack(float lo, float hi);

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "check.h"
+#include "sm90/bwd/dq_layout.h"
+#include "sm90/bwd/dropout.h"
 #include "sm90/bwd/key_tiles.h"
 #include "sm90/bwd/query_blocks.h"
 #include "sm90/layout.h"
@@ -165,6 +167,81 @@ TEST("long and short tiles alternate from sequence to sequence, and the last one
   for (tile::Tile t; tiles.next(p, 128, t);) order.push_back(t.m_block);
   // Under a causal mask the first key tile is the longest.
   CHECK(order == (std::vector<int>{0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3}));
+}
+
+namespace {
+
+// Every element of a query block of dQ: computed where it belongs, and once in memory.
+template <int kBlockM, int kHeadDim>
+void check_dq_layout() {
+  using Dq = DqLayout<kBlockM, kHeadDim>;
+  std::set<std::pair<int, int>> elements;
+  std::set<int> places;
+  for (int thread = 0; thread < 256; ++thread) {
+    int const consumer = thread / 128;
+    CHECK_EQ(Dq::panel(consumer) * kPanelCols + Dq::kept(consumer), Dq::col(consumer));
+    CHECK(Dq::quads(consumer) <= Dq::kCols / 8);
+    CHECK(Dq::kept(consumer) + 8 * Dq::quads(consumer) <= Dq::kProductCols);
+    CHECK_EQ(Dq::offset(thread) % 4, 0);
+    for (int quad = 0; quad < Dq::quads(consumer); ++quad) {
+      // A warp's quads lie side by side.
+      CHECK_EQ(Dq::offset(thread) - Dq::offset(thread / 32 * 32), thread % 32 * 4);
+      for (int i = 0; i < 4; ++i) {
+        Coord const c = accumulator_coord(thread % 128, 4 * quad + i);
+        int const row = Dq::row(consumer) + c.row, col = Dq::col(consumer) + c.col;
+        CHECK(row < kBlockM && col < kHeadDim);
+        CHECK(elements.insert({row, col}).second);
+        CHECK(places.insert(Dq::offset(thread) + 128 * quad + i).second);
+      }
+    }
+  }
+  CHECK_EQ(static_cast<int>(elements.size()), kBlockM * kHeadDim);
+  CHECK_EQ(static_cast<int>(places.size()), kBlockM * kHeadDim);
+  CHECK_EQ(*places.rbegin(), kBlockM * kHeadDim - 1);
+}
+
+}  // namespace
+
+TEST("the consumers' parts of dQ are the tile, and its sums fill their memory") {
+  check_dq_layout<128, 32>();
+  check_dq_layout<128, 64>();
+  check_dq_layout<64, 64>();
+  check_dq_layout<64, 96>();
+  check_dq_layout<64, 128>();
+  check_dq_layout<64, 192>();
+  check_dq_layout<64, 256>();
+}
+
+TEST("threads that trade halves of two Philox calls get the bits of the scores they hold") {
+  tile::DropoutKey const dropout = tile::dropout_key(0x1234567890abcdefu, 77);
+  int const batch = 3, head = 5;
+  for (int first_query : {0, 64, 32, 4096})
+    for (int first_key : {0, 64, 128, 1920})
+      for (int warp = 0; warp < 4; ++warp) {
+        int const key = first_key + 16 * warp;
+        for (int group = 0; group < 4; ++group) {
+          int const query = first_query + 16 * group;
+          tile::Philox4 patches[32];
+          for (int lane = 0; lane < 32; ++lane)
+            patches[lane] = own_patch(dropout, lane, batch, head, query, key);
+          for (int lane = 0; lane < 32; ++lane) {
+            int const odd = lane / 4 % 2;
+            KeyPairBits const mine = key_pair_bits(patches[lane], odd);
+            // What the other thread gives away: the halves for keys of this parity.
+            KeyPairBits const other = key_pair_bits(patches[lane ^ 4], odd);
+            for (uint32_t threshold : {1u, 20000u, 65535u}) {
+              uint32_t const kept = kept_bits(odd ? other : mine, odd ? mine : other, threshold);
+              for (int i = 0; i < 8; ++i) {
+                Coord const c = accumulator_coord(32 * warp + lane, 8 * group + i);
+                uint32_t const bits = tile::dropout_bits(dropout, batch, head,
+                                                         static_cast<uint32_t>(first_query + c.col),
+                                                         static_cast<uint32_t>(first_key + c.row));
+                CHECK_EQ(kept >> i & 1, static_cast<uint32_t>(bits >= threshold));
+              }
+            }
+          }
+        }
+      }
 }
 
 TEST_MAIN()

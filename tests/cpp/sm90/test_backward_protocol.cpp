@@ -1,5 +1,5 @@
 // The barrier protocol of the Hopper backward kernels, as in cpp/sm90/bwd: kernel.cuh,
-// steps_by_keys.cuh, steps_by_columns.cuh.
+// steps_by_keys.cuh, steps_by_columns.cuh, steps_by_gradient.cuh.
 #include <initializer_list>
 
 #include "protocol.h"
@@ -11,6 +11,7 @@ using flashcore::tile::Ring;
 namespace {
 
 constexpr int kWarps = 8;
+enum class Steps { by_keys, by_columns, by_gradient };
 constexpr int kNoWork = -2;
 
 template <int kStages>
@@ -41,14 +42,14 @@ struct Backward : Machine {
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
   // steps[t]: steps of tile t; may be 0.
-  Backward(bool by_keys, const std::vector<int>& steps) {
+  Backward(Steps kind, const std::vector<int>& steps) {
     for (int b = 0; b < stages + 3 * kStages; ++b) {
       bool const ready = b == k_ready || b == v_ready || (b >= stages && b < free_(0));
       barriers.emplace_back(ready ? 1 : b == head_start ? kWarps / 2 : kWarps);
     }
     buffers.resize(ds(4, 0));
     programs.push_back(producer(steps));
-    for (int w = 0; w < kWarps; ++w) programs.push_back(Warp{by_keys, w, {}, {}}.program(steps));
+    for (int w = 0; w < kWarps; ++w) programs.push_back(Warp{kind, w, {}, {}}.program(steps));
   }
 
   static Program producer(const std::vector<int>& steps) {
@@ -94,7 +95,7 @@ struct Backward : Machine {
 
   // A consumer warp. Products read from when they are issued until they are waited for.
   struct Warp {
-    bool by_keys;
+    Steps kind;
     int index;
     Program out;
     Ring<kStages> ring = Ring<kStages>::consumer();
@@ -135,10 +136,10 @@ struct Backward : Machine {
         if (last) return out;
         if (steps[t] == 0)
           arrive(v_free);
-        else if (by_keys)
+        else if (kind == Steps::by_keys)
           steps_by_keys(t, steps[t], parity);
         else
-          steps_by_columns(t, steps[t], parity);
+          steps_with_shared_scores(t, steps[t], parity);
         arrive(k_free);
       }
     }
@@ -204,7 +205,7 @@ struct Backward : Machine {
       arrive(ds_free + (parts.stage ^ 1));
     }
 
-    void steps_by_columns(int t, int steps, uint32_t parity) {
+    void steps_with_shared_scores(int t, int steps, uint32_t parity) {
       std::vector<Read> const sK{{k, value(t, 0, 0)}}, sV{{v, value(t, 0, 1)}};
       std::vector<Read> s, dp;
       auto issue_s = [&](int i) {
@@ -228,10 +229,12 @@ struct Backward : Machine {
       meet();
       for (int i = 0; i < steps; ++i) {
         int const stage = ring.stage, buffer = i % 2;
-        auto const products = join({{{q(stage), value(t, i, 2)}, {dout(stage), value(t, i, 3)}},
-                                    all(p, buffer, value(t, i, 5)),
-                                    all(ds, buffer, value(t, i, 4)),
-                                    sK});
+        bool const all_of_it = kind == Steps::by_columns, has_dv = index < kWarps / 2;
+        std::vector<Read> products = join({all(ds, buffer, value(t, i, 4)), sK});  // dQ, left
+        if (all_of_it || has_dv)
+          products =
+              join({products, {{dout(stage), value(t, i, 3)}}, all(p, buffer, value(t, i, 5))});
+        if (all_of_it || !has_dv) products = join({products, {{q(stage), value(t, i, 2)}}});
         auto const right = join({all(ds, buffer, value(t, i, 4)), sK});
         ring.advance();
         if (i + 1 < steps) {
@@ -240,10 +243,11 @@ struct Backward : Machine {
         }
         begin(products);
         if (i + 1 < steps) make(i + 1);
-        begin(right);
+        bool const two_parts = all_of_it || has_dv;  // of dQ
+        if (two_parts) begin(right);
         end(products);
         arrive(free_(stage));
-        end(right);
+        if (two_parts) end(right);
         meet();
       }
       arrive(v_free);
@@ -252,11 +256,11 @@ struct Backward : Machine {
 };
 
 template <int kStages>
-void play(bool by_keys, std::mt19937& random) {
+void play(Steps kind, std::mt19937& random) {
   for (int trial = 0; trial < 60; ++trial) {
     std::vector<int> steps(std::uniform_int_distribution<int>(1, 5)(random));
     for (int& n : steps) n = std::uniform_int_distribution<int>(0, 5)(random);
-    Backward<kStages> machine(by_keys, steps);
+    Backward<kStages> machine(kind, steps);
     CHECK(machine.run(random));
   }
 }
@@ -265,9 +269,9 @@ void play(bool by_keys, std::mt19937& random) {
 
 TEST("no order of events deadlocks, overwrites or reads stale data") {
   std::mt19937 random(1);
-  for (bool by_keys : {true, false}) {
-    play<2>(by_keys, random);
-    play<3>(by_keys, random);
+  for (Steps kind : {Steps::by_keys, Steps::by_columns, Steps::by_gradient}) {
+    play<2>(kind, random);
+    play<3>(kind, random);
   }
 }
 
@@ -275,7 +279,7 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
   std::mt19937 random(2);
   CHECK(caught(
       [] {
-        Backward<2> machine(true, {5});
+        Backward<2> machine(Steps::by_keys, {5});
         for (Program& program : machine.programs)
           for (Op& op : program)  // waits for a phase that is always over
             if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_free &&
@@ -284,23 +288,24 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
         return machine;
       },
       random));
-  CHECK(caught(
-      [] {
-        Backward<2> machine(false, {5});
-        for (Program& program : machine.programs)
-          for (Op& op : program)
-            if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
-              op.buffer -= kWarps;
-        return machine;
-      },
-      random));
+  for (Steps kind : {Steps::by_columns, Steps::by_gradient})
+    CHECK(caught(
+        [kind] {
+          Backward<2> machine(kind, {5});
+          for (Program& program : machine.programs)
+            for (Op& op : program)
+              if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
+                op.buffer -= kWarps;
+          return machine;
+        },
+        random));
 }
 
 TEST("the model notices a stage released before dK has read it") {
   std::mt19937 random(3);
   CHECK(caught(
       [] {
-        Backward<2> machine(true, {6});
+        Backward<2> machine(Steps::by_keys, {6});
         for (size_t a = 1; a < machine.programs.size(); ++a)
           for (size_t i = 1; i < machine.programs[a].size(); ++i) {
             Op& op = machine.programs[a][i];

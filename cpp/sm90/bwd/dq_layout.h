@@ -1,0 +1,47 @@
+// How the consumers divide dQ of a step, and in which order its sums lie in memory. Host and
+// device, constexpr.
+//
+// dQ of a step is one block_m x head_dim tile. A consumer takes 64 rows of it; or, of 64 rows, some
+// columns, and the second consumer what there is left. A product begins with a panel of K, so
+// within one panel both consumers compute all columns, and each keeps its own.
+//
+// In memory there are block_m * head_dim floats per query block, in the order in which threads hold
+// them: first by warp of the consumers, then by quad of registers, then by lane. So a warp adds 512
+// contiguous bytes with one instruction.
+#pragma once
+#include "sm90/layout.h"
+
+namespace flashcore::sm90::bwd {
+
+template <int kBlockM, int kHeadDim>
+struct DqLayout {
+  static constexpr bool kByRows = kBlockM == 128;
+  static_assert(kByRows || kBlockM == 64);
+  static constexpr bool kTwice = !kByRows && kHeadDim <= kPanelCols;
+  // Of the first consumer.
+  static constexpr int kCols = kByRows  ? kHeadDim
+                               : kTwice ? kHeadDim / 2
+                                        : round_up(kHeadDim / 2, kPanelCols);
+  static constexpr int kProductCols = kTwice ? kHeadDim : kCols;
+  static constexpr bool kEven = kByRows || kHeadDim == 2 * kCols;
+
+  // Where the consumer's part begins in the tile.
+  static FC_HD constexpr int row(int consumer) { return kByRows ? 64 * consumer : 0; }
+  static FC_HD constexpr int col(int consumer) { return kByRows ? 0 : kCols * consumer; }
+  // Where its product begins, and the first column of that which it keeps.
+  static FC_HD constexpr int panel(int consumer) { return kTwice ? 0 : col(consumer) / kPanelCols; }
+  static FC_HD constexpr int kept(int consumer) { return kTwice ? col(consumer) : 0; }
+
+  // A thread holds a quad of floats per 8 columns: two each of its two rows.
+  static FC_HD constexpr int quads(int consumer) {
+    return kEven || consumer == 0 ? kCols / 8 : (kHeadDim - kCols) / 8;
+  }
+  // Where the quads of a consumer thread begin in memory, in floats; quad i is 128 * i further.
+  static FC_HD constexpr int offset(int thread) {
+    if (kEven) return thread / 32 * (16 * kCols) + thread % 32 * 4;
+    int const consumer = thread / 128;
+    return consumer * 64 * kCols + thread % 128 / 32 * 128 * quads(consumer) + thread % 32 * 4;
+  }
+};
+
+}  // namespace flashcore::sm90::bwd
