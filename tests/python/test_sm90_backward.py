@@ -349,6 +349,48 @@ def test_poison_in_a_packed_neighbour_reaches_nothing(d, poison, options):
         assert torch.equal(got.dv[rows], clean.dv[rows])
 
 
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 5.0, "alibi": "h", "dropout": 0.2}, {"h": (4, 2), "lengths_k": (230, 230)}],
+    ids=str,
+)
+def test_poison_behind_the_mask_reaches_nothing(d, which, fixed, accumulate, poison, options):
+    """Rows and keys that a window hides inside blocks that are visited."""
+    case = PLAIN.but(q=230, k=230, window=(20, 0), d=d, **options)
+    call = Call(case)
+    clean = call.run(deterministic=True)
+    call.poison(which, (slice(None), slice(150, None)), poison)
+    into, before = {}, 0.0
+    if accumulate:
+        into = {"d" + name: torch.ones_like(call.tensors[name]).float() for name in "qkv"}
+        before = 1.0
+    got = call.run(deterministic=fixed, accumulate=accumulate, **into)
+    # Rows from 150 on see keys from 130 on.
+    first_bad_key = 130 if which == "q" else 150
+    for name, end in (("dq", 150), ("dk", first_bad_key), ("dv", first_bad_key)):
+        x, want = getattr(got, name).float() - before, getattr(clean, name).float()
+        torch.testing.assert_close(x[:, :end], want[:, :end], rtol=0.02, atol=0.02)
+    if poison != poison:
+        assert torch.isnan(got.dq[:, 150:].float()).all()
+        assert torch.isnan(got.dk[:, 170:].float()).any()
+
+
+def test_poison_above_the_diagonal_of_packed_sequences_reaches_nothing():
+    """Queries that see no key at all, in a block with some that do."""
+    call = Call(PLAIN.but(d=128, packed_q=(300, 70), packed_k=(130, 90), causal=True))
+    clean = call.run(deterministic=True)
+    call.poison("q", slice(0, 160), NAN)  # row 170 is the first that sees a key
+    for fixed in (False, True):
+        got = call.run(deterministic=fixed)
+        for x, want in zip(got[:3], clean):
+            torch.testing.assert_close(x.float(), want.float(), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("d", DIMS)
 def test_the_bound_of_packed_lengths_changes_nothing(d):
     call = Call(PACKED.but(d=d, causal=True))
@@ -421,6 +463,28 @@ def test_cuda_graph_capture_and_replay():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(into["dk"], expected.dk) and torch.equal(into["dv"], expected.dv)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_strides_beyond_2_to_the_31_elements(varlen):
+    """Batches (packed: heads) that lie 4.5 GB apart, of inputs and of gradients."""
+    case = Case("far", dtype="bf16", b=2, q=200, k=200, d=64)
+    if varlen:
+        case = case.but(packed_q=(130, 70), packed_k=(130, 70))
+    call = Call(case)
+
+    def far(x):
+        """The same, with the first dimension (packed: heads) far apart."""
+        dim = 1 if varlen else 0
+        room = torch.empty(2, 2**31 + 2**16, device="cuda", dtype=x.dtype)
+        parts = room[:, : x.numel() // 2].view(2, *x.movedim(dim, 0).shape[1:])
+        return parts.movedim(0, dim).copy_(x)
+
+    for name in ("q", "k", "v", "dout"):
+        call.tensors[name] = far(call.tensors[name])
+    into = {"d" + name: far(torch.zeros_like(call.tensors[name])) for name in "qkv"}
+    call.check(call.run(**into))
+    call.check(call.run(**into, deterministic=True))
 
 
 def test_gradients_that_are_not_asked_for_are_not_written():

@@ -43,7 +43,7 @@ struct Matrix {
 
 struct BwdParams {
   CUtensorMap q, k, v, dout;  // row_window_map(): (head_dim, box, rows + 1, heads, batch)
-  Matrix out_ref, dout_ref;   // for preprocess
+  Matrix q_ref, k_ref, v_ref, out_ref, dout_ref;  // the same, for ordinary loads
   Matrix dq, dk, dv;
   const float *lse, *dlse;  // dlse may be null
   const float* sinks;       // [heads]; null without dsinks
@@ -54,9 +54,13 @@ struct BwdParams {
   float* minus_lse;    // [head][query block][row]: -lse / score_scale; -inf where P is to be zero
   float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
   float* dq_sum;       // [slot][query block][block_m * head_dim], see dq.cuh
-  int head_blocks;     // query blocks of a head, of all sequences
-  int slot_blocks;     // the same of a slot of dq_sum
-  bool block_slots;    // a slot per head that a block of threads works on, not per head
+  // Null where no mask cuts blocks: see repair.cuh.
+  uint8_t* redo_keys;     // [key head][key tile][warp]
+  uint8_t* redo_queries;  // [head][query block][warp][half of the columns]; only of whole heads
+  int head_key_blocks;    // key tiles of a key head, of all sequences
+  int head_blocks;        // query blocks of a head, of all sequences
+  int slot_blocks;        // the same of a slot of dq_sum
+  bool block_slots;       // a slot per head that a block of threads works on, not per head
 
   float scale;        // of dQ and dK
   float score_scale;  // of the scores: the softcap if there is one

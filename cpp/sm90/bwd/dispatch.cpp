@@ -95,9 +95,11 @@ struct Division {
   int64_t pairs;        // of batch and key head
   int blocks;
   bool whole_heads;
-  bool block_slots;     // sums of dQ for the heads in the making alone, not for all
-  int64_t slot_blocks;  // query blocks of such sums
-  int64_t minus_lse, minus_delta, bytes;  // offsets in bytes; the sums of dQ come first
+  bool block_slots;         // sums of dQ for the heads in the making alone, not for all
+  int64_t slot_blocks;      // query blocks of such sums
+  int64_t head_key_blocks;  // key tiles of a key head
+  // Offsets in bytes; the sums of dQ come first.
+  int64_t minus_lse, minus_delta, redo_keys, redo_queries, bytes;
 
   Division(const BwdConfig& c, const Problem& p) {
     head_blocks = query_blocks(p, p.total_q, c.block_m);
@@ -117,7 +119,11 @@ struct Division {
     int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
     minus_lse = slots * slot_blocks * c.block_m * c.head_dim * 4;
     minus_delta = minus_lse + rows * 4;
-    bytes = minus_delta + rows * 4;
+    head_key_blocks = p.cu_seqlens_k ? p.total_k / c.block_n + p.batch : p.batch * n_blocks;
+    bool const cut = !p.window.open();
+    redo_keys = minus_delta + rows * 4;
+    redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 : 0);
+    bytes = redo_queries + (cut && whole_heads ? p.num_heads_q * head_blocks * 16 : 0);
   }
 };
 
@@ -153,6 +159,9 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   auto matrix = [](const Rows& r) {
     return Matrix{r.data, r.batch_stride, r.row_stride, r.head_stride, r.dtype == DType::f32};
   };
+  params.q_ref = matrix(p.q);
+  params.k_ref = matrix(p.k);
+  params.v_ref = matrix(p.v);
   params.out_ref = matrix(p.out);
   params.dout_ref = matrix(p.dout);
   params.dq = matrix(p.dq);
@@ -172,6 +181,11 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.dq_sum = part(0);
   params.minus_lse = part(d.minus_lse);
   params.minus_delta = part(d.minus_delta);
+  if (!p.window.open()) {
+    params.redo_keys = reinterpret_cast<uint8_t*>(part(d.redo_keys));
+    if (d.whole_heads) params.redo_queries = reinterpret_cast<uint8_t*>(part(d.redo_queries));
+  }
+  params.head_key_blocks = static_cast<int>(d.head_key_blocks);
   params.head_blocks = static_cast<int>(d.head_blocks);
   params.slot_blocks = static_cast<int>(d.slot_blocks);
   params.block_slots = d.block_slots;

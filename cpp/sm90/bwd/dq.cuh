@@ -1,5 +1,6 @@
 // dQ is summed over key tiles in float32, in global memory: set, added to, read (dq_layout.h).
 #pragma once
+#include "sm90/bwd/repair.cuh"
 #include "sm90/bwd/store.cuh"
 #include "sm90/bwd/traits.cuh"
 #include "sm90/ptx/registers.cuh"
@@ -62,7 +63,7 @@ FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& prod
 // Where dQ goes from here: to those sums, or to its rows.
 template <class T, int kFirst, int N>
 FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int consumer, int head, int m,
-                      float* sums, float (&dq)[N]) {
+                      float* sums, float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(consumer) - kFirst;
   if (!p.whole_heads || (m >= work.complete && m < work.fresh)) {
@@ -71,6 +72,15 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int consumer, int he
     set_dq<T>(sums, dq, quads);
   } else {
     if (m < work.fresh) add_sums(dq, sums, quads);
+    if (p.redo_queries && broken(dq)) {
+      int const thread = thread_index() - 128;
+      if (thread % 32 == 0) {
+        int const part = thread / 32 * 2 + (kFirst > 0);
+        *redo_queries(p, work, head, m, part) = 1;
+        redo[thread / 32] = true;
+      }
+      return;
+    }
     int const row = m * T::kBlockM + T::Dq::row(consumer);
     int const col = T::Dq::col(consumer) + 8 * kFirst;
     store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head,

@@ -10,6 +10,13 @@
 
 namespace flashcore::sm90::bwd {
 
+// P: a kernel's parameters.
+template <class P>
+FC_HD constexpr tile::DropoutKey dropout_key(P const& p) {
+  return p.rng_tensor ? tile::dropout_key(p.rng_tensor[0], p.rng_tensor[1])
+                      : tile::dropout_key(p.rng_seed, p.rng_offset);
+}
+
 // The call that a lane makes for the 16 queries from `query` on and its warp's keys from `key` on,
 // both multiples of 16: the one for query i if its key is even, else for i + 1.
 FC_HD constexpr tile::Philox4 own_patch(tile::DropoutKey dropout, int lane, int batch, int head,

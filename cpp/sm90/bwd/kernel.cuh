@@ -35,9 +35,7 @@ struct Kernel {
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.dout);
-    if (T::kTerms && p.dropout_threshold)
-      sh.dropout = p.rng_tensor ? tile::dropout_key(p.rng_tensor[0], p.rng_tensor[1])
-                                : tile::dropout_key(p.rng_seed, p.rng_offset);
+    if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
     sh.tiles = KeyTiles(blockIdx.x, gridDim.x);
@@ -134,28 +132,67 @@ struct Kernel {
       Work const work = sh.work;
       __syncwarp();
       c.release(sh.k_free);
-      store(p, work, consumer, rdK, rdV);
+      store(p, sh, work, consumer, rdK, rdV);
     }
+    if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer);
   }
 
-  FC_DEVICE static void store(const BwdParams& p, const Work& work, int consumer,
+  FC_DEVICE static void store(const BwdParams& p, Shared& sh, const Work& work, int consumer,
                               const typename T::GradientTile& rdK,
                               const typename T::GradientTile& rdV) {
     int const key = work.key + (T::kByKeys ? 64 * consumer : 0);
     int const col = T::kByKeys || T::kByGradient ? 0 : T::kGradientCols * consumer;
-    auto put = [&](const Matrix& to, const typename T::GradientTile& x, float scale, int cols) {
-      if (to.data)
+    int redo = 0;  // bit 0: dK, bit 1: dV
+    auto put = [&](const Matrix& to, const typename T::GradientTile& x, float scale, int cols,
+                   int bit) {
+      if (!to.data) return;
+      if (p.redo_keys && broken(x))
+        redo |= bit;
+      else
         store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
                             int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
                             col, cols - col);
     };
     if (!T::kByGradient || consumer == 0)
-      put(p.dv, rdV, T::kTerms ? p.dropout_scale : 1.0f, p.head_dim_v);
-    if (!T::kByGradient || consumer == 1) put(p.dk, rdK, p.scale, p.head_dim);
+      put(p.dv, rdV, T::kTerms ? p.dropout_scale : 1.0f, p.head_dim_v, 2);
+    if (!T::kByGradient || consumer == 1) put(p.dk, rdK, p.scale, p.head_dim, 1);
+    if (p.redo_keys && threadIdx.x % 32 == 0) {
+      int const warp = threadIdx.x / 32 - 4;
+      *redo_keys(p, work, warp) = static_cast<uint8_t>(redo);
+      if (redo) sh.redo[warp] = true;
+    }
+    __syncwarp();
+  }
+
+  // What this warp left out, tile by tile; of whole heads also dQ, with the first tile.
+  FC_DEVICE static void repair(const BwdParams& p, int consumer) {
+    using Repair = bwd::Repair<T>;
+    int const warp = threadIdx.x / 32 - 4;
+    int const first = T::kByKeys || T::kByGradient ? 0 : T::kGradientCols * consumer;
+    KeyTiles tiles(blockIdx.x, gridDim.x);
+    Work work;
+    for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
+      work.set(p, tile, T::kBlockM, T::kBlockN);
+      int const key = work.key + (T::kByKeys ? 64 * consumer : 0) + warp % 4 * 16;
+      if (int const redo = *redo_keys(p, work, warp))
+        for (int j = key; j < min_of(key + 16, work.written_k); ++j)
+          Repair::key_row(p, work, j, redo & 1, redo & 2, first, first + T::kGradientCols);
+      if (!p.redo_queries || tile.m_block > 0) continue;
+      int const row = T::Dq::row(consumer) + warp % 4 * 16, col = T::Dq::col(consumer);
+      for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head)
+        for (int m = 0; m * T::kBlockM < work.written_q; ++m)
+          for (int part = 0; part < 2; ++part)
+            if (*redo_queries(p, work, head, m, warp * 2 + part)) {
+              int const from = col + part * T::kDqPartCols;
+              Repair::dq_rows(p, work.batch, head, m * T::kBlockM + row, from,
+                              min_of(from + T::kDqPartCols, p.head_dim));
+            }
+    }
   }
 
   FC_DEVICE static void init_barriers(Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
+    for (bool& redo : sh.redo) redo = false;
     sh.k_ready.init(1);
     sh.v_ready.init(1);
     sh.k_free.init(kConsumerWarps);

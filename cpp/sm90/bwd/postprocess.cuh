@@ -19,6 +19,9 @@ __global__ void __launch_bounds__(T::kConsumerThreads)
   typename T::DqTile dq = {};
   add_sums(dq, dq_block<T>(p, blockIdx.x) + T::Dq::offset(threadIdx.x), T::Dq::quads(consumer));
   int const row = at.row + T::Dq::row(consumer), col = T::Dq::col(consumer);
+  if (p.redo_keys && broken(dq))
+    return Repair<T>::dq_rows(p, at.batch, head, row + threadIdx.x % 128 / 32 * 16, col,
+                              min_of(col + 8 * T::Dq::quads(consumer), p.head_dim));
   store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, at.batch, head,
                                   seq.q_begin + row, static_cast<int>(seq.seqlen_q) - row,
                                   at.row + at.written - row, col, p.head_dim - col);

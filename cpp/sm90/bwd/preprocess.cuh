@@ -55,6 +55,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);
   tile::Sequence const seq = tile::sequence_of(p, at.batch);
   int const rows = static_cast<int>(seq.seqlen_q) - at.row;  // of the block, if it has that many
+  if (p.redo_queries && threadIdx.x < 16)
+    p.redo_queries[int64_t{blockIdx.x} * 16 + threadIdx.x] = 0;
   if (at.written > 0) clear_dq<T>(p, seq, at, head);
   int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
 

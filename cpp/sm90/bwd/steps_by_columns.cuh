@@ -78,12 +78,12 @@ struct StepsByColumns {
     wgmma_wait<1>();
     pin(rdQ0);
     c.release(sh.free[stage]);
-    put_dq<T, 0>(c.p, c.work(), c.index, at.head, at.m, left_sums, rdQ0);
+    put_dq<T, 0>(c.p, c.work(), c.index, at.head, at.m, left_sums, rdQ0, sh.redo);
     float* const right_sums = dq_sums<T, kDqHalf / 8>(c.p, c.work(), at.head, at.m);
     wgmma_wait<0>();
     pin(rdQ1);
     Made::meet();  // the next P and dS are there, and these ones may be overwritten
-    put_dq<T, kDqHalf / 8>(c.p, c.work(), c.index, at.head, at.m, right_sums, rdQ1);
+    put_dq<T, kDqHalf / 8>(c.p, c.work(), c.index, at.head, at.m, right_sums, rdQ1, sh.redo);
     return next;
   }
 };

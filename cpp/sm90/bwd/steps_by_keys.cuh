@@ -84,7 +84,7 @@ struct StepsByKeys {
                             const typename T::DqProduct& product) {
     typename T::DqTile dq;
     take_dq<T>(dq, product, c.index);
-    put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, dq);
+    put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, dq, c.sh.redo);
   }
 
   // The step whose S^T is complete in rS, with rdP set. With kNext there is a step after it, which

@@ -41,6 +41,7 @@ struct Traits {
   static constexpr int kScoreQueries = kByKeys ? kBlockM : kBlockM / kConsumers;
 
   using Dq = DqLayout<kBlockM, kHeadDim>;
+  static constexpr int kDqPartCols = kByKeys ? Dq::kCols : kPanelCols;  // at a time
 
   static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
   static constexpr int kDoutBytes = kBlockM * kPanelsV * kPanelBytes;
@@ -60,7 +61,8 @@ struct Traits {
     alignas(128) float minus_delta[kStages][kBlockM];
     Work work, next;
     KeyTiles tiles;
-    tile::DropoutKey dropout;  // of the call
+    bool redo[4 * kConsumers];  // whether a warp has something to repair
+    tile::DropoutKey dropout;   // of the call
     Barrier k_ready, v_ready, k_free, v_free;
     Barrier ds_ready[2], ds_free[2];
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];

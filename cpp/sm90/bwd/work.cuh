@@ -25,6 +25,7 @@ struct alignas(16) Work {
   int written_q, written_k;  // rows of its gradients: padding too, which gets zeros
   int stats;                 // of head 0: its first query block among all, of the statistics
   int sums;                  // the same of the sums of dQ
+  int key_block;             // the tile's number among all of a key head
   int diagonal;              // how far past `key` the key is that row 0 faces
 
   FC_DEVICE bool empty() const { return last <= first; }
@@ -48,6 +49,8 @@ struct alignas(16) Work {
     stats = narrow(first_query_block(p, tile.batch, block_m));
     sums = p.block_slots ? (static_cast<int>(blockIdx.x) - tile.head) * p.group * p.slot_blocks
                          : stats;
+    key_block = n + (p.cu_seqlens_k ? p.cu_seqlens_k[tile.batch] / block_n + tile.batch
+                                    : tile.batch * ceil_div(p.seqlen_k, block_n));
     diagonal = far(seq.q_offset - key);
     window_first = far(key - seq.q_offset - p.window.right);
     window_last = far(key - seq.q_offset + p.window.left + 1);

@@ -15,15 +15,6 @@
 
 namespace flashcore::sm90::fwd {
 
-// NaN if any element of o is not finite, else 0.
-template <int N>
-FC_DEVICE float finite_probe(const float (&o)[N]) {
-  float probe = 0.0f;
-#pragma unroll
-  for (int i = 0; i < N; ++i) probe = __fmaf_rn(o[i], 0.0f, probe);
-  return probe;
-}
-
 template <class T>
 struct Repair {
   using Element = typename T::Element;

@@ -65,6 +65,15 @@ FC_DEVICE float tanh_approx(float x) {
   return fabsf(x) < 0.04f ? small : large;
 }
 
+// NaN if any element of o is not finite, else 0.
+template <int N>
+FC_DEVICE float finite_probe(const float (&o)[N]) {
+  float probe = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) probe = __fmaf_rn(o[i], 0.0f, probe);
+  return probe;
+}
+
 // Two floats as one register of 16-bit values: lo in the low half.
 template <class T>
 FC_DEVICE uint32_t pack(float lo, float hi);

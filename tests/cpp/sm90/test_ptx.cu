@@ -11,6 +11,7 @@
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/wgmma.cuh"
+#include "sm90/tensor_map.h"
 
 using namespace flashcore;
 using namespace flashcore::sm90;
@@ -104,6 +105,51 @@ void box_lands_swizzled(int rows, int cols, int box_rows, int row, int col) {
       float const want =
           inside ? static_cast<float>(m[static_cast<size_t>(row + r) * cols + col + c]) : 0.0f;
       CHECK_EQ(static_cast<float>(*got), want);
+    }
+}
+
+__global__ void dump_row_window(const __grid_constant__ CUtensorMap map, RowWindow rows, int head,
+                                int batch, int bytes, char* raw) {
+  extern __shared__ __align__(1024) char smem[];
+  __shared__ Barrier ready;
+  if (threadIdx.x == 0) {
+    ready.init(1);
+    fence_barrier_init();
+    ready.arrive_expect(bytes);
+    tma_load(smem, map, ready, 0, rows.skipped, rows.end, head, batch, policy_evict_first());
+  }
+  __syncthreads();
+  ready.wait(0);
+  for (int i = threadIdx.x; i < bytes; i += blockDim.x) raw[i] = smem[i];
+}
+
+// Of a (2, rows, 3, 40) tensor, head 1 of batch 1, rows from `row` on of which `valid` are wanted.
+// The rows behind those are NaN, as those around the tensor are.
+void window_ends_where_it_is_told(int rows, int box_rows, int row, int valid) {
+  constexpr int kHeads = 3, kCols = 40, kHead = 1, kBatch = 1;
+  DeviceArray<__nv_bfloat16> const room(static_cast<size_t>(2 + 2) * rows * kHeads * kCols);
+  Rows const tensor{room.data + rows * kHeads * kCols, int64_t{rows} * kHeads * kCols,
+                    kHeads * kCols, kCols, DType::bf16};
+  auto const m = matrix<__nv_bfloat16>(valid, kCols);
+  auto* const at = static_cast<__nv_bfloat16*>(tensor.data) + kBatch * tensor.batch_stride +
+                   row * tensor.row_stride + kHead * tensor.head_stride;
+  cuda::check(cudaMemcpy2D(at, tensor.row_stride * 2, m.data(), kCols * 2, kCols * 2,
+                           static_cast<size_t>(valid), cudaMemcpyDefault),
+              "copy in");
+  int const bytes = box_rows * kPanelBytes;
+  DeviceArray<char> out(bytes);
+  dump_row_window<<<1, 128, bytes>>>(
+      row_window_map(tensor, DType::bf16, kCols, rows, kHeads, 2, box_rows),
+      row_window(box_rows, row, valid), kHead, kBatch, bytes, out.data);
+  finish();
+  auto const raw = out.host();
+  for (int r = 0; r < box_rows; ++r)
+    for (int c = 0; c < kPanelCols; ++c) {
+      auto const* const got = reinterpret_cast<const __nv_bfloat16*>(
+          raw.data() + swizzled_offset(r, c / 8) + c % 8 * 2);
+      bool const inside = r < valid && c < kCols;
+      CHECK_EQ(static_cast<float>(*got),
+               inside ? static_cast<float>(m[static_cast<size_t>(r) * kCols + c]) : 0.0f);
     }
 }
 
@@ -375,6 +421,15 @@ TEST("a box lands in shared memory as swizzled_offset says, zero outside the ten
     box_lands_swizzled(300, 104, box_rows, 200, 64);  // past the last row and the last column
     box_lands_swizzled(300, 8, box_rows, 299, 0);
   }
+}
+
+TEST("a window of rows ends where it is told, whatever lies behind") {
+  for (int box_rows : {64, 128})
+    for (int row : {0, 1, 64, 150})
+      for (int valid : {1, 63, 64, 65, 128, 140})
+        if (row + valid <= 300) window_ends_where_it_is_told(300, box_rows, row, valid);
+  window_ends_where_it_is_told(200, 128, 190, 10);  // the tensor's end
+  window_ends_where_it_is_told(1, 64, 0, 1);
 }
 
 TEST("S = A B^T is exact for every shape that is generated") {
