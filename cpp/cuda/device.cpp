@@ -67,11 +67,21 @@ CUtensorMap encode_tensor_map(const TmaTensor& t) {
     if (d > 0) stride[d - 1] = t.stride[d - 1];
   }
   CUtensorMap map;
-  CUresult const result =
-      encode(&map, t.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             static_cast<cuuint32_t>(t.rank), t.data, extent, stride, box, kUnitSteps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  auto const attempt = [&] {
+    return encode(&map, t.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  static_cast<cuuint32_t>(t.rank), t.data, extent, stride, box, kUnitSteps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = attempt();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread that has not used the GPU yet, as those of an autograd engine: setting the device
+    // makes its context current.
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+    result = attempt();
+  }
   if (result != CUDA_SUCCESS)
     throw Failure(FLASHCORE_DEVICE_ERROR,
                   text("cuTensorMapEncodeTiled failed with CUresult ", static_cast<int>(result)));
