@@ -34,9 +34,15 @@ step() {
   table+=("$(printf '%-12s %-7s %4d s  %s' "$name" "$verdict" $((SECONDS - begin)) "$(tail -n 1 "$log")")")
 }
 
+# The references are NumPy on one core each: where pytest-xdist is there, several processes share the GPU.
+workers=()
+if "$python" -c 'import xdist' 2> /dev/null; then
+  workers=(-n "${WORKERS:-12}" --dist worksteal)
+fi
+
 step info info.txt "$python" -m flashcore
 step tests pytest.txt "$python" -m pytest tests/python -m gpu -p no:cacheprovider -q \
-  --junitxml="$out/pytest.xml"
+  "${workers[@]}" --junitxml="$out/pytest.xml"
 step benchmark benchmark.txt "$python" -m benchmarks gpu --quick --out "$out"
 
 echo

@@ -9,9 +9,9 @@ A result x passes when
     max|x - exact| <= 2 max|same - exact| + floor
 
 exact: the definition in float64 (long double for float64 inputs). same: the definition in the
-inputs' own precision, as a framework would compute it. floor: one rounding of the largest value to
-the result's dtype and sixteen of the sums it came from, because `same` can be exact by luck (one
-key, say). So a kernel may be twice as inexact as plain attention in the same dtype, and no more, at
+inputs' own precision, as a framework would compute it. floor: two roundings of the largest value to
+the result's dtype (of P and of the result) and sixteen of the sums it came from, because `same` can
+be exact by luck (one key, say, whose P is 1). So a kernel may be twice as inexact as plain attention in the same dtype, and no more, at
 any size and for any input. A tensor of fewer than 64 numbers (dsinks) may be 8 times: the largest
 error of so few is a matter of luck.
 """
@@ -169,10 +169,10 @@ def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _floor(dtype: Any, largest: float, terms: float) -> float:
-    """One rounding of the largest value, and sixteen of the terms whose sum it is: the sums of the
+    """Two roundings of the largest value, and sixteen of the terms whose sum it is: the sums of the
     gradients cancel (dP - delta), so their terms can be far larger than they are."""
     eps_sum = _eps(np.float64 if np.dtype(dtype).itemsize == 8 else np.float32)
-    return _eps(dtype) / 2 * largest + 16 * eps_sum * max(largest, terms)
+    return _eps(dtype) * largest + 16 * eps_sum * max(largest, terms)
 
 
 def _eps(dtype: Any) -> float:
