@@ -62,6 +62,10 @@ GPU = [
     Case("dropout and ALiBi", dropout=0.2, alibi="h", q=130, k=300),
     Case("a window", window=(90, 20), q=200, k=300),
     Case("packed sequences", packed_q=(30, 0, 164, 1), packed_k=(40, 5, 300, 0)),
+    Case("many tiles", b=3, q=130, k=100, h=(50, 50)),
+    Case("many tiles, causal", b=3, q=130, k=100, h=(50, 50), causal=True),
+    Case("many tiles, causal, long keys", q=130, k=1700, h=(70, 1), causal=True),
+    Case("many tiles, causal, very long keys", q=130, k=5000, h=(70, 1), causal=True),
 ]
 
 

@@ -18,18 +18,23 @@ struct FwdConfig {
   Mask mask;
   bool terms;    // softcap, ALiBi and dropout
   int block_m;   // query rows of a tile: 64 per consumer warpgroup
+  int teams;     // of a producer warp and its consumers, in a block; each has tiles of its own
   int block_n;   // keys of a block
   int stages;    // K and V blocks in flight
-  int q_stages;  // 2: the next tile's Q is fetched, and O leaves, while others compute
+  int q_stages;  // 2: the next tile's Q is fetched while consumers work on this one
+  int staged;    // columns of O that leave through shared memory; the others from registers
   bool turns;    // consumers issue their products in turn instead of as they come
-  int from;      // shortest seqlen_k this row is for: below, another row is faster
+  bool few;      // for calls whose tiles all run at once: what counts is the time of one
 
-  constexpr int consumers() const { return block_m / 64; }
-  constexpr int threads() const { return 128 * (1 + consumers()); }
+  constexpr int consumers() const { return block_m / 64; }  // of a team
+  constexpr int threads() const { return 128 * (1 + teams * consumers()); }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && head_dim % 32 == 0 && head_dim <= 256 &&
-           head_dim_v % 32 == 0 && head_dim_v <= 256 && (block_m == 128 || block_m == 192) &&
-           block_n % 16 == 0 && block_n <= 256 && stages >= 2 && (q_stages == 1 || q_stages == 2);
+           head_dim_v % 32 == 0 && head_dim_v <= 256 && block_m % 64 == 0 &&
+           teams * consumers() >= 1 && teams * consumers() <= 4 && block_n % 16 == 0 &&
+           block_n <= 256 && stages >= 2 && (q_stages == 1 || q_stages == 2) &&
+           (staged == head_dim_v || (staged % 64 == 0 && staged < head_dim_v)) &&
+           !(turns && teams > 1);
   }
 };
 
@@ -77,8 +82,8 @@ struct FwdParams {
   uint64_t rng_seed, rng_offset;
   const int64_t* rng_tensor;  // {seed, offset}; wins over the above when not null
 
-  // Whether a key block may hold rows of another sequence, or of none.
-  FC_HD bool ragged() const { return cu_seqlens_k || seqlens_k; }
+  // Whether a block may hold rows of another sequence, or of none.
+  FC_HD bool ragged() const { return cu_seqlens_k || seqlens_k || seqlens_q; }
 };
 
 // One row of instances.def; its translation unit defines it.

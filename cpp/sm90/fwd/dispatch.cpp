@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/memo.h"
 #include "common/text.h"
 #include "cuda/merge.h"
 #include "sm90/backend.h"
@@ -72,27 +73,6 @@ std::array<Operand, 4> operands(const Problem& p) {
 // What only kernels with terms compute.
 bool has_terms(const Problem& p) { return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold; }
 
-std::string refusal(const Kernel& kernel, const Problem& p) {
-  FwdConfig const& c = instance_of(kernel).config;
-  if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
-  if (std::string why = unbuilt(p); !why.empty()) return why;
-  if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
-  if (c.mask == none && !p.window.open()) return "has no causal mask and no window";
-  if (p.seqlen_k < c.from)
-    return text("is for seqlen_k of at least ", c.from, ", got ", p.seqlen_k,
-                ": another kernel is faster there");
-  if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
-    return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
-  if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
-  if (p.out && p.out.dtype != p.dtype)
-    return "out in float32 is not built for sm90 yet; on the CPU it is";
-  for (Operand const& t : operands(p))
-    if (t.rows)  // a plan may be asked for before there is an out
-      if (std::string why = not_copyable(t.name, t.rows, t.batch, t.seqlen, t.heads); !why.empty())
-        return why;
-  return {};
-}
-
 // The keys of a call in parts, so that few query tiles still fill the GPU.
 struct Split {
   int count, blocks;  // parts; key blocks of each
@@ -127,6 +107,38 @@ Split split_keys(const FwdConfig& c, const Problem& p) {
   return best;
 }
 
+// The tiles there are; for a packed batch a bound.
+int64_t most_tiles(const FwdConfig& c, const Problem& p) {
+  return p.num_heads_q * (p.cu_seqlens_q ? p.total_q / c.block_m + p.batch
+                                         : p.batch * ceil_div<int64_t>(p.seqlen_q, c.block_m));
+}
+
+std::string refusal(const Kernel& kernel, const Problem& p) {
+  FwdConfig const& c = instance_of(kernel).config;
+  if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
+  if (std::string why = unbuilt(p); !why.empty()) return why;
+  if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
+  if (c.mask == none && !p.window.open()) return "has no causal mask and no window";
+  if (c.few) {
+    // With a mask tiles differ, and small ones fill the gaps.
+    int64_t const most =
+        (p.window.open() ? 1 : 2) * int64_t{cuda::devices()[p.device_id].multiprocessors};
+    if (p.split_size > 0 || most_tiles(c, p) > most || split_keys(c, p).count > 1)
+      return text("is for calls with at most ", most,
+                  " tiles, which divide no keys: another kernel is faster here");
+  }
+  if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
+    return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
+  if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
+  if (p.out && p.out.dtype != p.dtype)
+    return "out in float32 is not built for sm90 yet; on the CPU it is";
+  for (Operand const& t : operands(p))
+    if (t.rows)  // a plan may be asked for before there is an out
+      if (std::string why = not_copyable(t.name, t.rows, t.batch, t.seqlen, t.heads); !why.empty())
+        return why;
+  return {};
+}
+
 // Rows of the workspace that one split fills.
 int64_t partial_rows(const Problem& p) {
   return (p.cu_seqlens_q ? p.total_q : p.batch * p.seqlen_q) * p.num_heads_q;
@@ -140,12 +152,6 @@ void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
           ? 0
           : static_cast<size_t>(split.count * partial_rows(p) * (p.head_dim_v + 1)) * 4;
   plan.deterministic = true;
-}
-
-// The tiles there are; for a packed batch a bound.
-int64_t most_tiles(const FwdConfig& c, const Problem& p) {
-  return p.num_heads_q * (p.cu_seqlens_q ? p.total_q / c.block_m + p.batch
-                                         : p.batch * ceil_div<int64_t>(p.seqlen_q, c.block_m));
 }
 
 // In which order they run.
@@ -162,16 +168,22 @@ void schedule(const FwdConfig& c, const Problem& p, int splits, FwdParams& param
   if (c.mask == none) {  // all tiles cost the same: neighbours share K and V, nothing else counts
     s.section_pairs = params.group;
   } else if (!p.cu_seqlens_q) {
-    int const sms = cuda::devices()[p.device_id].multiprocessors;
+    int const workers = c.teams * cuda::devices()[p.device_id].multiprocessors;
     tile::Sequence seq{0, 0, p.seqlen_q, p.seqlen_k, p.seqlen_k - p.seqlen_q};
     if (p.has_q_offset || p.top_left) seq.q_offset = p.has_q_offset ? p.q_offset : 0;
-    if (s.num_tiles() > sms)
-      s.section_pairs = tile::balanced_section(s, largest, params.group, sms, [&](int m_block) {
-        int64_t const row = int64_t{m_block} * c.block_m;
-        auto const keys = tile::key_blocks(p.window, row, min_of(row + c.block_m, p.seqlen_q),
-                                           seq.q_offset, p.seqlen_k, c.block_n);
-        return static_cast<double>(keys.last - keys.first) + kTileOverhead;
-      });
+    auto const cost = [&](int m_block) {
+      int64_t const row = int64_t{m_block} * c.block_m;
+      auto const keys = tile::key_blocks(p.window, row, min_of(row + c.block_m, p.seqlen_q),
+                                         seq.q_offset, p.seqlen_k, c.block_n);
+      return static_cast<double>(keys.last - keys.first) + kTileOverhead;
+    };
+    // The search takes tens of microseconds, the rest of a call two.
+    thread_local Memo<int, 11> known;
+    if (s.num_tiles() > workers)
+      s.section_pairs = known.get(
+          {c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left, p.window.right,
+           seq.q_offset, pairs, largest, params.group, workers},
+          [&] { return tile::balanced_section(s, largest, params.group, workers, cost); });
   }
 }
 
@@ -267,7 +279,8 @@ std::vector<Kernel> table() {
     const char* const mask = c.mask == none ? "none" : "window";
     names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v), "-", mask,
-                         c.terms ? "-terms" : "", "-", c.block_m, "x", c.block_n));
+                         c.terms ? "-terms" : "", c.few ? "-few-" : "-",
+                         c.teams > 1 ? text(c.teams, "x") : "", c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;
     info.direction = FLASHCORE_FORWARD;

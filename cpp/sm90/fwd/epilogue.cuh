@@ -6,8 +6,16 @@
 
 namespace flashcore::sm90::fwd {
 
-// Through the staging area, whose rows are this warp's own: the copy engine leaves out the rows and
-// columns past the end of the tensor.
+// Where the work's sequence has its lse, or this split's part of it; null if nobody asks for it.
+FC_DEVICE float* lse_rows(const FwdParams& p, const Work& work) {
+  if (p.num_splits > 1) return p.partial_lse + partial_index(p, work, 0);
+  return p.lse ? p.lse + work.batch * p.lse_batch_stride + work.head * p.lse_head_stride +
+                     work.q_begin
+               : nullptr;
+}
+
+// The first kStaged columns, through the staging area, whose rows are this warp's own: the copy
+// engine leaves out the rows and columns past the end of the tensor.
 template <class T>
 FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const Work& work,
                               const typename T::OutputTile& o, int warp_row) {
@@ -21,7 +29,7 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
   __syncwarp();
   uint32_t const base = smem_address(sh.o);
 #pragma unroll
-  for (int g = 0; g < T::kHeadDimV / 16; ++g) {
+  for (int g = 0; g < T::kStaged / 16; ++g) {
     uint32_t const address = base + (g / 4) * T::kBlockM * kPanelBytes +
                              swizzled_offset(staging_row, (g % 4) * 2 + matrix / 2);
     store_matrix_x4(
@@ -35,7 +43,7 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
   if (lane == 0 && !cut) {
     int const batch = p.cu_seqlens_q ? 0 : work.batch;
 #pragma unroll
-    for (int panel = 0; panel < T::kPanelsV; ++panel)
+    for (int panel = 0; panel < T::kPanelsO; ++panel)
       if (panel * kPanelCols < p.head_dim_v)
         tma_store(p.out, sh.o + (panel * T::kBlockM + warp_row) * kPanelBytes, panel * kPanelCols,
                   work.q_begin + work.row + warp_row, work.head, batch);
@@ -44,8 +52,8 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
   int const rows = cut ? work.seqlen_q - work.row - warp_row : 0;  // of the warp's 16
   auto* const out = static_cast<Element*>(p.out_ref.data) + work.head * p.out_ref.head_stride +
                     (int64_t{work.q_begin} + work.row + warp_row) * p.out_ref.row_stride;
-  for (int i = lane; i < rows * T::kHeadDimV / 8; i += 32) {  // 16 bytes each
-    int const row = i / (T::kHeadDimV / 8), col = i % (T::kHeadDimV / 8) * 8;
+  for (int i = lane; i < rows * T::kStaged / 8; i += 32) {  // 16 bytes each
+    int const row = i / (T::kStaged / 8), col = i % (T::kStaged / 8) * 8;
     if (col < p.head_dim_v)
       *reinterpret_cast<uint4*>(out + row * p.out_ref.row_stride + col) =
           *reinterpret_cast<const uint4*>(sh.o + col / kPanelCols * T::kBlockM * kPanelBytes +
@@ -54,8 +62,8 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
   __syncwarp();
 }
 
-// Straight from the registers. The four lanes of a quad hold neighbouring pairs of columns of a
-// row; they exchange them, so that each writes 16 bytes at once.
+// The other columns, straight from the registers. The four lanes of a quad hold neighbouring pairs
+// of columns of a row; they exchange them, so that each writes 16 bytes at once.
 template <class T>
 FC_DEVICE void store_o_direct(const FwdParams& p, const Work& work, const typename T::OutputTile& o,
                               int warp_row) {
@@ -69,7 +77,7 @@ FC_DEVICE void store_o_direct(const FwdParams& p, const Work& work, const typena
                       work.head * p.out_ref.head_stride +
                       (work.q_begin + i) * p.out_ref.row_stride + 8 * quad_lane;
 #pragma unroll
-    for (int c = 0; c < T::kHeadDimV / 32; ++c) {  // 32 columns: eight of each lane
+    for (int c = T::kStaged / 32; c < T::kHeadDimV / 32; ++c) {  // 32 columns: eight of each lane
       uint32_t x[4];
 #pragma unroll
       for (int g = 0; g < 4; ++g)
@@ -103,12 +111,9 @@ FC_DEVICE void store_o_partial(const FwdParams& p, const Work& work,
 template <class T>
 FC_DEVICE void store_o(const FwdParams& p, typename T::Shared& sh, const Work& work,
                        const typename T::OutputTile& o, int warp_row) {
-  if (p.num_splits > 1)
-    store_o_partial<T>(p, work, o, warp_row);
-  else if constexpr (T::kStageO)
-    store_o_staged<T>(p, sh, work, o, warp_row);
-  else
-    store_o_direct<T>(p, work, o, warp_row);
+  if (p.num_splits > 1) return store_o_partial<T>(p, work, o, warp_row);
+  if constexpr (T::kStaged > 0) store_o_staged<T>(p, sh, work, o, warp_row);
+  if constexpr (T::kStaged < T::kHeadDimV) store_o_direct<T>(p, work, o, warp_row);
 }
 
 }  // namespace flashcore::sm90::fwd

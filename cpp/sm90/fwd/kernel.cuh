@@ -12,10 +12,13 @@
 //     tensor cores   S(j) = Q K(j)^T | O += P(j+1) V(j+1)
 //     other units                    | mask, max, exp of S(j)
 //
-// Shared memory: Q[kQStages] | O staging (none with one Q stage) | K[kStages] | V[kStages] |
-// Work[kQStages] | barriers.
+// A block may hold several teams, each a producer warp and its consumers, which share nothing but
+// the multiprocessor: tiles of their own, rings of their own.
+//
+// Shared memory of a team: Q[kQStages] | K[kStages] | V[kStages] | O staging | Work[kQStages] |
+// barriers.
 // The tile loop is persistent: the rings keep their stage and parity across tiles, so the producer
-// fetches the next tile's K and V while consumers finish this one.
+// fetches the next tile's Q, K and V while consumers finish this one.
 #pragma once
 #include "sm90/fwd/epilogue.cuh"
 #include "sm90/fwd/load.cuh"
@@ -35,19 +38,23 @@ struct Kernel {
   using Ring = tile::Ring<T::kStages>;
   using QRing = tile::Ring<T::kQStages>;
   using Scores = fwd::Scores<T>;
+  using OnlineSoftmax = fwd::OnlineSoftmax<Element, T::kBlockN>;
 
-  // This block's tiles, in its order.
+  // A team's tiles, in its order.
   struct Tiles {
     TileCursor cursor;
     int index, split;
 
-    FC_DEVICE explicit Tiles(const FwdParams& p)
-        : index(blockIdx.x / p.num_splits), split(blockIdx.x % p.num_splits) {}
+    FC_DEVICE Tiles(const FwdParams& p, int team) {
+      int const first = team * gridDim.x + blockIdx.x;  // few tiles: one a multiprocessor
+      index = first / p.num_splits;
+      split = first % p.num_splits;
+    }
 
     FC_DEVICE bool next(const FwdParams& p, Work& work) {
       if (!cursor.find(p, index, T::kBlockM)) return false;
       work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN);
-      split += gridDim.x;
+      split += gridDim.x * T::kTeams;
       index += split / p.num_splits;
       split %= p.num_splits;
       return true;
@@ -55,9 +62,11 @@ struct Kernel {
   };
 
   // ---- producer ---------------------------------------------------------------------------------
-  FC_DEVICE static void produce(const FwdParams& p, Shared& sh) {
-    release_registers<T::kProducerRegs>();
-    if (threadIdx.x / 32 != 0 || !elect_one()) return;
+  FC_DEVICE static void produce(const FwdParams& p, Shared* teams) {
+    if constexpr (T::kRegistersMove) release_registers<T::kProducerRegs>();
+    int const team = threadIdx.x / 32;
+    if (team >= T::kTeams || !elect_one()) return;
+    Shared& sh = teams[team];
     prefetch_tensor_map(p.q);
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
@@ -66,7 +75,7 @@ struct Kernel {
 
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
-    Tiles tiles(p);
+    Tiles tiles(p, team);
     Work next;
     bool more = tiles.next(p, next);
     while (more) {
@@ -115,9 +124,12 @@ struct Kernel {
   }
 
   // ---- consumers --------------------------------------------------------------------------------
-  FC_DEVICE static void consume(const FwdParams& p, Shared& sh) {
-    claim_registers<T::kConsumerRegs>();
-    int const consumer = warpgroup_index() - 1;
+  FC_DEVICE static void consume(const FwdParams& p, Shared* teams) {
+    if constexpr (T::kRegistersMove) claim_registers<T::kConsumerRegs>();
+    int const warpgroup = warpgroup_index() - 1;
+    int const team = T::kTeams == 1 ? 0 : warpgroup / T::kConsumers;
+    int const consumer = warpgroup - team * T::kConsumers;
+    Shared& sh = teams[team];
     int const warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     int const warp_row = 64 * consumer + 16 * warp;  // of the tile
     if (consumer == T::kConsumers - 1) pass_turn();  // the first turn is consumer 0's
@@ -145,18 +157,22 @@ struct Kernel {
       bool const valid[2] = {row < work.seqlen_q, row + 8 < work.seqlen_q};
       softmax.finish(rO, p.scale, T::kTerms ? p.dropout_scale : 1.0f, valid,
                      p.sinks && work.split == 0 ? p.sinks + work.head : nullptr);
-      if (T::kMask != Mask::none || p.ragged()) probe += finite_probe(rO);
+      if (T::kMask != Mask::none || p.ragged())
+        probe += finite_probe(rO);
+      else if (softmax.overflown())
+        probe = NAN;
       store_o<T>(p, sh, work, rO, warp_row);
       if (lane % 4 == 0) store_lse(p, work, softmax, row);
     }
 
     // The copy engine reads this block's shared memory until the last store has left.
-    if (T::kStageO && lane == 0) tma_store_wait_read();
+    if (T::kStaged && lane == 0) tma_store_wait_read();
     if (__any_sync(0xffffffffu, !(probe == 0.0f))) {
       if (lane == 0) tma_store_wait();
       __syncwarp();
       Work work;
-      for (Tiles tiles(p); tiles.next(p, work);) Repair<T>::rows(p, work, work.row + warp_row);
+      for (Tiles tiles(p, team); tiles.next(p, work);)
+        Repair<T>::rows(p, work, work.row + warp_row);
     }
   }
 
@@ -164,10 +180,7 @@ struct Kernel {
   FC_DEVICE static void store_lse(const FwdParams& p, const Work& work,
                                   const OnlineSoftmax& softmax, int row) {
     int const rows = p.cu_seqlens_q ? work.seqlen_q : p.seqlen_q;
-    float* const lse = p.num_splits > 1 ? p.partial_lse + partial_index(p, work, 0)
-                       : p.lse          ? p.lse + work.batch * p.lse_batch_stride +
-                                              work.head * p.lse_head_stride + work.q_begin
-                                        : nullptr;
+    float* const lse = lse_rows(p, work);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (lse && row + 8 * r < rows) lse[row + 8 * r] = softmax.lse[r];
@@ -197,8 +210,7 @@ struct Kernel {
     if (work.cut(j)) scores.exclude(work, rS, j);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      softmax.exceeds(rS, r);
-      softmax.raise(r);
+      softmax.template raise<true>(rS, r);
       softmax.exponentiate(rS, r);
     }
     scores.to_probabilities(p, rP, rS, j);
@@ -250,28 +262,27 @@ struct Kernel {
     if constexpr (kCut) scores.exclude(work, rS, j);
     // Row 0 before, row 1 after the wait for O. The branches matter even where nothing is raised:
     // without them the compiler would move the wait up to the first exponential, and nothing would
-    // overlap.
-    if (softmax.exceeds(rS, 0)) rescale(rO, 0, softmax.raise(0));
+    // overlap. Warps may take them apart, so they hold no wait for products.
+    bool const unproven = j + 1 == work.last_full;
+    bool const raised0 = softmax.template exceeds<kCut>(rS, 0, unproven);
+    float alpha[2] = {1.0f, 1.0f};
+    if (raised0) alpha[0] = softmax.template raise<false>(rS, 0);
     softmax.exponentiate(rS, 0);
-    if (softmax.exceeds(rS, 1, softmax.row_sum[0])) rescale(rO, 1, softmax.raise(1));
+    bool const raised1 = softmax.template exceeds<kCut>(rS, 1, unproven, softmax.row_sum[0]);
+    if (raised1) alpha[1] = softmax.template raise<false>(rS, 1);
     wgmma_wait<0>();
     pin(rO);
     release(sh.v_free[v.stage]);
     v.advance();
+    if (raised0 || raised1) rescale(rO, alpha);
     softmax.exponentiate(rS, 1);
     scores.to_probabilities(p, rP, rS, j);  // only now: P(j+1) V(j+1) was reading rP
     pin(rP);
   }
 
-  // Row r of O, which may still be in the making.
-  FC_DEVICE static void rescale(typename T::OutputTile& rO, int r, float alpha) {
-    wgmma_wait<0>();
-    pin(rO);
+  FC_DEVICE static void rescale(typename T::OutputTile& rO, const float (&alpha)[2]) {
 #pragma unroll
-    for (int i = 2 * r; i < T::kHeadDimV / 2; i += 4) {
-      rO[i] *= alpha;
-      rO[i + 1] *= alpha;
-    }
+    for (int i = 0; i < T::kHeadDimV / 2; ++i) rO[i] *= alpha[i / 2 % 2];
   }
 
   // Consumers issue their products in turn, so that one computes its softmax while the tensor cores
@@ -309,13 +320,13 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     flash_fwd_sm90(const __grid_constant__ FwdParams p) {
   extern __shared__ __align__(1024) char smem[];
-  auto& sh = *reinterpret_cast<typename T::Shared*>(smem);
-  if (threadIdx.x == 0) Kernel<T>::init_barriers(sh);
+  auto* const teams = reinterpret_cast<typename T::Shared*>(smem);
+  if (threadIdx.x < T::kTeams) Kernel<T>::init_barriers(teams[threadIdx.x]);
   __syncthreads();
   if (warpgroup_index() == 0)
-    Kernel<T>::produce(p, sh);
+    Kernel<T>::produce(p, teams);
   else
-    Kernel<T>::consume(p, sh);
+    Kernel<T>::consume(p, teams);
 }
 
 }  // namespace flashcore::sm90::fwd

@@ -10,7 +10,7 @@ namespace flashcore::sm90::fwd {
 template <FwdConfig kConfig>
 void launch(const FwdParams& params, int blocks, int device, cudaStream_t stream) {
   using T = Traits<kConfig>;
-  constexpr int kBytes = sizeof(typename T::Shared);
+  constexpr int kBytes = T::kSharedBytes;
   static std::atomic<uint64_t> prepared{0};  // bit per device
   uint64_t const bit = uint64_t{1} << (device % 64);
   if (!(prepared.load(std::memory_order_acquire) & bit)) {

@@ -1,12 +1,15 @@
-// Keeps the promise that an excluded key cannot reach the output.
+// Keeps two promises: an excluded key cannot reach the output, and no row loses its terms to the
+// range of float.
 //
 // In the blocks a mask cuts, the tensor cores multiply excluded values by P = 0, and 0 * NaN (or
-// 0 * Inf) is NaN. So when a warp has produced a value that is not finite, it comes back after its
-// last tile, and computes those rows again over their visible keys only, by ordinary arithmetic. A
-// row that sees a NaN gives NaN again; all others come out right. The check costs one instruction
+// 0 * Inf) is NaN. And a row whose reference nobody raised in time overflows (softmax.cuh). So when
+// a warp has produced a value that is not finite, it comes back after its last tile, and computes
+// those rows again over their visible keys only, by ordinary arithmetic. A row that sees a NaN
+// gives NaN again; all others come out right. The check costs one instruction
 // per element of O. The repair stands outside the tile loop because branches that differ between
 // warps in there would move the loop's addresses out of the uniform registers (measured: -20 %).
 #pragma once
+#include "sm90/fwd/epilogue.cuh"
 #include "sm90/fwd/terms.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/ptx/registers.cuh"
@@ -64,12 +67,14 @@ struct Repair {
            p.dropout_threshold;
   }
 
-  // Row i of O from its definition.
+  // Row i of O from its definition, and its lse.
   FC_DEVICE static VRow attend(const FwdParams& p, const Work& work, const tile::Sequence& seq,
-                               int i) {
+                               int i, float& lse) {
     int const kv_head = work.head / p.group;
     KRow const q = load<KRow>(p.q_ref, work.batch, work.head, seq.q_begin + i, p.head_dim);
-    tile::KeyRange keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
+    tile::KeyRange keys = i < seq.seqlen_q
+                              ? tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k)
+                              : tile::KeyRange{};  // padding
     int64_t const part = int64_t{p.split_blocks} * T::kBlockN;
     keys = {max_of(keys.first, work.split * part), min_of(keys.last, (work.split + 1) * part)};
     VRow o;
@@ -85,7 +90,9 @@ struct Repair {
       s = score(p, work, s, i + seq.q_offset - j);
       float const row_max_new = fmaxf(row_max, s);
       float const reference = row_max_new == -INFINITY ? 0.0f : row_max_new * p.scale_log2;
-      float const alpha = exp2_approx(row_max * p.scale_log2 - reference);
+      // Exactly 1 where the maximum stays: over thousands of keys a rounding would add up.
+      float const alpha =
+          row_max_new == row_max ? 1.0f : exp2_approx(row_max * p.scale_log2 - reference);
       float const prob = exp2_approx(s * p.scale_log2 - reference);
       row_max = row_max_new;
       row_sum = row_sum * alpha + prob;
@@ -95,9 +102,11 @@ struct Repair {
         o.x[c] = o.x[c] * alpha + (kept == 0.0f ? 0.0f : prob * v.x[c]);
     }
     float factor = T::kTerms ? p.dropout_scale : 1.0f;
+    lse = row_max * p.scale + __logf(row_sum);
     if (p.sinks && work.split == 0) {
-      float const lse = row_max * p.scale + __logf(row_sum), sink = p.sinks[work.head];
+      float const sink = p.sinks[work.head];
       factor /= 1.0f + __expf(sink - lse);
+      lse = fmaxf(lse, sink) + __logf(1.0f + __expf(-fabsf(lse - sink)));
     }
 #pragma unroll
     for (float& x : o.x) x = row_sum == 0.0f ? 0.0f : x / row_sum * factor;
@@ -107,14 +116,18 @@ struct Repair {
   // Rows [row, row + 16) of the tile's head, those whose output is not finite.
   FC_DEVICE static void rows(const FwdParams& p, const Work& work, int row) {
     tile::Sequence const seq = tile::sequence_of(p, work.batch);
-    for (int i = row; i < min_of<int64_t>(row + 16, seq.seqlen_q); ++i) {
+    int64_t const last = p.cu_seqlens_q ? seq.seqlen_q : p.seqlen_q;
+    for (int i = row; i < min_of<int64_t>(row + 16, last); ++i) {
       float* const partial = p.partial_out + partial_index(p, work, i) * p.head_dim_v;
       bool const split = p.num_splits > 1;
       VRow const old =
           split ? load_row<VRow>(partial + threadIdx.x % 32, p.head_dim_v)
                 : load<VRow>(p.out_ref, work.batch, work.head, seq.q_begin + i, p.head_dim_v);
       if (!__any_sync(0xffffffffu, !(finite_probe(old.x) == 0.0f))) continue;
-      VRow const o = attend(p, work, seq, i);
+      float lse;
+      VRow const o = attend(p, work, seq, i, lse);
+      // An lse that is a number has not met what went wrong.
+      if (float* const all = lse_rows(p, work); all && !(all[i] < INFINITY)) all[i] = lse;
       Element* const out = address(p.out_ref, work.batch, work.head, seq.q_begin + i);
 #pragma unroll
       for (int c = 0; c < T::kHeadDimV / 32; ++c) {

@@ -1,47 +1,88 @@
 // Online softmax over the two accumulator rows a thread shares with its quad.
 #pragma once
+#include <cfloat>
+#include <type_traits>
+
 #include "sm90/ptx/registers.cuh"
 
 namespace flashcore::sm90::fwd {
 
-// The maximum a row's exponentials are relative to may lag behind the true one: it is raised only
-// when a score exceeds it by more than a factor of 2^8, so that O is hardly ever rescaled and the
-// quad hardly ever meets. Exponents stay within 8 of the usual ones, all terms of a row share one
-// reference, and floats do not care.
+// The reference a row's exponentials are relative to may lag behind the true maximum: O is rescaled
+// only when that goes too far. All terms of a row share one reference, so the result is exact.
+//
+// When a block is `unproven`, its largest scores are searched for, and one that exceeds the
+// reference by more than a factor of 2^8 raises it. A proven block is one whose rows have all seen
+// a whole block before. With bfloat16, which holds whatever float holds, the search is left out
+// there: the row's sum so far tells whether the reference has been left behind, by a factor of up
+// to 2^40. What a single block may then add without warning is a factor of 2^80 (55 in the scores);
+// past that the row becomes NaN, and repair.cuh computes it again.
+template <class Element, int kBlockN>
 struct OnlineSoftmax {
   static constexpr int kRows = 2;
+  // With short blocks the search costs no more than asking the sums.
+  static constexpr bool kSumTells = std::is_same_v<Element, __nv_bfloat16> && kBlockN >= 128
+#ifdef NO_SUM
+                                    && false
+#endif
+      ;
+  static constexpr float kLargest = 0x1p40f;
+  static constexpr float kTooLarge = 0x1p120f;  // its reciprocal is still a normal number
 
   float scale_log2;
   float headroom;                                 // 8 / scale_log2, finite
   float row_max[kRows] = {-INFINITY, -INFINITY};  // the reference, a raw score q . k
   float row_sum[kRows] = {0.0f, 0.0f};            // this thread's share until finish()
   float reference[kRows] = {0.0f, 0.0f};          // row_max * scale_log2; 0 if no key was visible
-  float block_max[kRows];                         // this thread's share
   float lse[kRows];                               // set by finish()
 
-  // Whether row r of any thread of the warp has a score too large for its reference.
+  // Whether row r of any thread of the warp is to be raised before exponentiate(). kCut: the block
+  // is, so it is unproven.
   // after: a number >= 0 that the answer is to wait for. So the compiler issues what leads to it
   // beside the search for the maximum, not behind it.
+  template <bool kCut, int N>
+  FC_DEVICE bool exceeds(const float (&s)[N], int r, bool unproven, float after = 0.0f) const {
+    bool const lost = kSumTells && !(row_sum[r] > 0.0f && row_sum[r] < kLargest);
+    if constexpr (kSumTells && !kCut)
+      if (!__any_sync(0xffffffffu, unproven || lost || after < 0.0f)) return false;
+    return __any_sync(0xffffffffu,
+                      lost || thread_max(s, r) > row_max[r] + headroom || after < 0.0f);
+  }
+
+  // After finish(): whether a row's terms may have left float's range.
+  FC_DEVICE bool overflown() const {
+    return kSumTells && !(row_sum[0] < kTooLarge && row_sum[1] < kTooLarge);
+  }
+
   template <int N>
-  FC_DEVICE bool exceeds(const float (&s)[N], int r, float after = 0.0f) {
+  FC_DEVICE static float thread_max(const float (&s)[N], int r) {
     float m[2] = {s[2 * r], s[2 * r + 1]};  // two chains: half the latency of one
 #pragma unroll
     for (int i = 4; i < N; i += 4) {
       m[0] = fmaxf(m[0], s[i + 2 * r]);
       m[1] = fmaxf(m[1], s[i + 2 * r + 1]);
     }
-    block_max[r] = fmaxf(m[0], m[1]);
-    return __any_sync(0xffffffffu, block_max[r] > row_max[r] + headroom || after < 0.0f);
+    return fmaxf(m[0], m[1]);
   }
 
   // Makes the maximum so far the reference of row r; returns what O is to be multiplied by. A row
   // without a visible key yet keeps 0, so that exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
-  FC_DEVICE float raise(int r) {
-    float const row_max_new = fmaxf(row_max[r], quad_max(block_max[r]));
+  // kFirst: there has been no block before.
+  template <bool kFirst, int N>
+  FC_DEVICE float raise(const float (&s)[N], int r) {
+    float row_max_new = fmaxf(row_max[r], quad_max(thread_max(s, r)));
+    float sum = 0.0f;
+    if constexpr (kSumTells && !kFirst) {  // stands for a maximum that nobody searched for
+      sum = quad_max(row_sum[r]);
+      if (sum >= kLargest)
+        row_max_new = fmaxf(row_max_new, row_max[r] + __log2f(sum) * rcp_approx(scale_log2));
+    }
     reference[r] = row_max_new == -INFINITY ? 0.0f : row_max_new * scale_log2;
-    float const alpha = exp2_approx(row_max[r] * scale_log2 - reference[r]);
+    float const alpha =
+        sum >= kTooLarge ? NAN : exp2_approx(row_max[r] * scale_log2 - reference[r]);
     row_max[r] = row_max_new;
     row_sum[r] *= alpha;
+    // A thread that holds only small terms is not lost: nothing to a sum that is at least 1.
+    if (kSumTells && row_max_new != -INFINITY && row_sum[r] < FLT_MIN) row_sum[r] = FLT_MIN;
     return alpha;
   }
 
@@ -70,7 +111,9 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) {
       float const of_quad = quad_sum(row_sum[r]);  // all lanes, whatever their rows
       float const sum = valid[r] ? of_quad : 0.0f;
-      factor[r] = rcp_approx(sum) * out_scale;
+      // A sum past float's range leaves a mark, see repair.cuh. So does a NaN in O, whatever the
+      // factor.
+      factor[r] = sum == 0.0f ? 0.0f : (sum < kTooLarge ? rcp_approx(sum) : NAN) * out_scale;
       lse[r] = sum == 0.0f ? -INFINITY : row_max[r] * scale + __logf(sum);
       if (sink) {  // no branch that differs between threads: see repair.cuh
         float const s = valid[r] ? *sink : -INFINITY, hi = fmaxf(lse[r], s), lo = fminf(lse[r], s);
@@ -84,10 +127,7 @@ struct OnlineSoftmax {
       row_sum[r] = sum;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      int const r = (i / 2) % 2;
-      o[i] = row_sum[r] == 0.0f ? 0.0f : o[i] * factor[r];
-    }
+    for (int i = 0; i < N; ++i) o[i] *= factor[(i / 2) % 2];
   }
 };
 

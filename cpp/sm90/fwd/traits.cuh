@@ -22,18 +22,22 @@ struct Traits {
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kQStages = kConfig.q_stages;
-  // Where shared memory is short of room for O, it leaves straight from the registers.
-  static constexpr bool kStageO = kQStages > 1;
-  static constexpr int kConsumers = kConfig.consumers();
+  static constexpr int kStaged = kConfig.staged;
+  static constexpr int kPanelsO = ceil_div(kStaged, kPanelCols);
+  static constexpr int kTeams = kConfig.teams;
+  static constexpr int kConsumers = kConfig.consumers();  // of a team
   static constexpr int kThreads = kConfig.threads();
   static constexpr Mask kMask = kConfig.mask;
   static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kTurns = kConfig.turns;
 
-  // 128 * sum of the three or four must not exceed 65536, and the producer's release must come up
-  // with what the consumers claim above the launch value (168 or 128).
-  static constexpr int kProducerRegs = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegs = kConsumers == 2 ? 240 : 160;
+  // By warpgroups of consumers in the block. What the producer releases must come up with what the
+  // consumers claim above the launch value: 65536 registers over all threads, in steps of 8 (168,
+  // 128 or 96). One consumer has 255 as it is.
+  static constexpr int kWarpgroups = kTeams * kConsumers;
+  static constexpr bool kRegistersMove = kWarpgroups > 1;
+  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kConsumerRegs = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 240;
 
   // Named barriers; 0 is __syncthreads. One per consumer.
   enum NamedBarrier : int { kTurn = 1 };
@@ -41,19 +45,21 @@ struct Traits {
   static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
   static constexpr int kKBytes = kBlockN * kPanels * kPanelBytes;
   static constexpr int kVBytes = kBlockN * kPanelsV * kPanelBytes;
-  static constexpr int kOBytes = kBlockM * kPanelsV * kPanelBytes;
+  static constexpr int kOBytes = kBlockM * kPanelsO * kPanelBytes;
 
+  // Of a team.
   struct Shared {
     alignas(1024) char q[kQStages][kQBytes];
-    alignas(1024) char o[kStageO ? kOBytes : 1024];
     alignas(1024) char k[kStages][kKBytes];
     alignas(1024) char v[kStages][kVBytes];
+    alignas(kStaged ? 1024 : 16) char o[kStaged ? kOBytes : 16];
     Work work[kQStages];
     Barrier q_ready[kQStages], q_free[kQStages];
     Barrier k_ready[kStages], k_free[kStages];
     Barrier v_ready[kStages], v_free[kStages];
   };
-  static_assert(sizeof(Shared) <= 227 * 1024);
+  static constexpr int kSharedBytes = kTeams * sizeof(Shared);
+  static_assert(kSharedBytes <= 227 * 1024);
 
   using ScoreTile = float[kBlockN / 2];     // S: 64 x kBlockN per warpgroup
   using ProbTile = uint32_t[kBlockN / 4];   // P: the same, packed to 16 bits
