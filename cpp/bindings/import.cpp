@@ -56,8 +56,9 @@ TypeInfo inspect_type(nb::handle type) {
   }
   if (tracer)
     return refused(
-        "a traced JAX value: inside jit, grad and vmap attention needs the flashcore.jax adapter, "
-        "which is not built yet; call flashcore.attention outside of them");
+        "a traced JAX value: inside jit, grad and vmap call flashcore.jax.attention, which takes "
+        "the "
+        "same options; this function runs outside of them");
   if (jax) info.family = Family::jax;
   if (info.family == Family::dlpack) {
     if (info.exchange)
@@ -282,8 +283,8 @@ void Tensor::import(nb::handle object, const char* name, const Session& session,
       }
       if (cuda && info.family == Family::jax)
         refuse_unsupported("[", session.call, "] ", name,
-                           " is a JAX array on a GPU, which needs the flashcore.jax adapter; it is "
-                           "not built yet. JAX arrays on the CPU work");
+                           " is a JAX array on a GPU, whose stream and memory are XLA's: call "
+                           "flashcore.jax.attention. JAX arrays on the CPU work here");
       call_dlpack(where, info, cuda ? raw_stream_as_dlpack(session.stream) : nb::none());
       break;
     }

@@ -7,6 +7,8 @@
 #include "bindings/allocate.h"
 #include "bindings/gil.h"
 #include "bindings/options.h"
+#include "bindings/plan.h"
+#include "bindings/xla.h"
 
 namespace flashcore::python {
 namespace {
@@ -170,13 +172,6 @@ nb::object attention_backward(nb::handle dout_array, nb::handle q, nb::handle k,
                         dsinks.take(session));
 }
 
-nb::tuple kernel_tuple(const flashcore_kernel_info& k) {
-  return nb::make_tuple(k.name, k.direction == FLASHCORE_FORWARD ? "forward" : "backward",
-                        k.backend, k.isa, k.dtype, k.mask, k.head_dim, k.head_dim_v, k.block_m,
-                        k.block_n, k.usable != 0);
-}
-
-// (kernel or None, num_splits, workspace_bytes, deterministic, [(kernel name, refusal)])
 nb::tuple explain(nb::handle q, nb::handle k, nb::handle v, const nb::dict& options,
                   bool backward) {
   Call call(backward ? "attention_backward" : "attention", nb::none());
@@ -185,21 +180,7 @@ nb::tuple explain(nb::handle q, nb::handle k, nb::handle v, const nb::dict& opti
   flashcore_attention_backward_args args{};
   args.struct_size = sizeof args;
   args.forward = &call.args;
-
-  nb::list refusals;
-  auto const visit = [](void* user, const flashcore_kernel_info* kernel, const char* refusal) {
-    if (refusal) static_cast<nb::list*>(user)->append(nb::make_tuple(kernel->name, refusal));
-  };
-  check(backward ? flashcore_attention_backward_explain(&args, visit, &refusals)
-                 : flashcore_attention_explain(&call.args, visit, &refusals));
-  flashcore_plan plan{};
-  plan.struct_size = sizeof plan;
-  flashcore_status const status = backward ? flashcore_attention_backward_plan(&args, &plan)
-                                           : flashcore_attention_plan(&call.args, &plan);
-  if (status == FLASHCORE_UNSUPPORTED) return nb::make_tuple(nb::none(), 0, 0, false, refusals);
-  check(status);
-  return nb::make_tuple(kernel_tuple(plan.kernel), plan.num_splits, plan.workspace_bytes,
-                        plan.deterministic != 0, refusals);
+  return backward ? explain_tuple(args) : explain_tuple(call.args);
 }
 
 // The items of a list, a tuple or any other sequence.
@@ -337,4 +318,5 @@ NB_MODULE(_core, m) {
       [](nb::handle n) { flashcore_set_num_threads(read_int32("set_num_threads", "n", n)); },
       "n"_a.none());
   m.def("get_num_threads", [] { return flashcore_get_num_threads(); });
+  bind_xla(m);
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 VERSION: str
 OPTION_NAMES: tuple[str, ...]
+XLA_FFI_VERSIONS: tuple[tuple[int, int], tuple[int, int]]  # oldest, newest
 
 # name, direction, backend, isa, dtype, mask, head_dim, head_dim_v, block_m, block_n, usable
 _Kernel = tuple[str, str, str, str, str, str, int, int, int, int, bool]
@@ -50,3 +51,20 @@ def kernels() -> list[_Kernel]: ...
 def devices() -> list[_Device]: ...
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
+def xla_handlers() -> list[tuple[str, str, Any]]: ...
+def xla_workspace(
+    backward: bool,
+    platform: str,
+    device_id: int,
+    tensors: list[tuple[str, str, tuple[int, ...]]],
+    attributes: dict[str, int | float],
+    /,
+) -> int: ...
+def xla_explain(
+    backward: bool,
+    platform: str,
+    device_id: int,
+    tensors: list[tuple[str, str, tuple[int, ...]]],
+    attributes: dict[str, int | float],
+    /,
+) -> tuple[_Kernel | None, int, int, bool, list[tuple[str, str]]]: ...

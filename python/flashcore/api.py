@@ -358,9 +358,14 @@ def explain(q: Array, k: Array, v: Array, *, direction: str = "forward", **optio
             shared[name] = value
         elif name not in (attention.__kwdefaults__ or {}):
             raise TypeError(f"explain() got an option that attention() does not have: {name!r}")
-    chosen, splits, workspace_bytes, deterministic, refusals = _core.explain(
-        q, k, v, shared, direction == "backward"
-    )
+    return plan_of(_core.explain(q, k, v, shared, direction == "backward"))
+
+
+def plan_of(
+    explained: tuple[tuple[Any, ...] | None, int, int, bool, list[tuple[str, str]]],
+) -> Plan:
+    """What the extension says of a plan, with names."""
+    chosen, splits, workspace_bytes, deterministic, refusals = explained
     if chosen is None:
         return Plan(None, "", "", (0, 0), 0, 0, False, refusals)
     kernel = Kernel(*chosen)

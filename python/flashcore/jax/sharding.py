@@ -1,0 +1,195 @@
+"""Arrays that are divided over devices: each device computes the batches and heads that it has.
+
+Shardy asks for a rule (which dimensions go together) and then for the call on one device. Batch and
+heads may be divided; lengths and head_dim may not. Of grouped heads, h = g * r + i: g may be divided
+in everything, and where each device has one g, r may be divided in q while k and v are repeated.
+Dropout bits depend on the index of batch and head, so a call that drops is not divided.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flashcore.jax import primitives
+from flashcore.jax.spec import Spec
+
+Dim = tuple[str, ...]  # factors, the first varies slowest: ("b",), ("g", "r"), ("s",)
+
+_ROWS = {  # tensors of vectors: is it of queries, and which head_dim
+    "q": (True, "d"),
+    "dq": (True, "d"),
+    "out": (True, "e"),
+    "dout": (True, "e"),
+    "k": (False, "d"),
+    "dk": (False, "d"),
+    "v": (False, "e"),
+    "dv": (False, "e"),
+}
+_SCORES = ("bias", "mask", "dbias")
+_PER_BATCH = ("seqlens_q", "seqlens_k", "q_offset_tensor")
+
+
+@functools.cache
+def divided(spec: Spec) -> Callable[..., list[Any]]:
+    """The call for arrays that may be divided over devices."""
+
+    def call(*operands: Any) -> list[Any]:
+        return primitives.bind(spec, *operands)
+
+    call.__name__ = f"flashcore_{spec.call}"
+    function = custom_partitioning(call)
+    function.def_partition(
+        partition=functools.partial(_partition, spec),
+        sharding_rule=functools.partial(_rule, spec),
+    )
+    return function  # type: ignore[no-any-return]
+
+
+# ---- which dimensions go together ----------------------------------------------------------------
+
+
+class _Factors:
+    """The dimensions of each tensor of a call, as factors."""
+
+    def __init__(self, spec: Spec, shapes: dict[str, Sequence[int]]) -> None:
+        self.spec, self.shapes = spec, shapes
+        head = 1 if spec.packed or spec.bhsd else 2
+        self.heads, self.groups = shapes["q"][head], shapes["k"][head]
+        self.repeats = self.heads // self.groups
+        self.head: Dim = ("g", "r") if self.repeats > 1 else ("g",)
+        self.batch: Dim = () if spec.packed else ("b",)
+        self.free = 0
+
+    def alone(self) -> Dim:
+        """A dimension that goes with no other."""
+        self.free += 1
+        return (f"x{self.free}",)
+
+    def of(self, name: str) -> list[Dim]:
+        shape = self.shapes[name]
+        batch, head = [self.batch] if self.batch else [], self.head
+        if name in _ROWS:
+            is_query, last = _ROWS[name]
+            middle: list[Dim] = [("s",) if is_query else ("t",), head if is_query else ("g",)]
+            if self.spec.bhsd:
+                middle.reverse()
+            return [*batch, *middle, (last,)]
+        if name in ("lse", "dlse", "max_logits"):
+            return [*batch, head, ("s",)]
+        if name in _PER_BATCH:
+            return [("b",)]
+        if name in ("sinks", "dsinks"):
+            return [head]
+        if name == "alibi_slopes":
+            return [*batch, head] if len(shape) == 2 else [head]
+        if name in _SCORES or name.endswith(("_num_blocks", "_indices")):
+            lead = [
+                factor if factor and size > 1 else self.alone()
+                for factor, size in zip((self.batch, head), shape)
+            ]
+            return lead + [self.alone() for _ in shape[2:]]
+        return [self.alone() for _ in shape]  # cu_seqlens_*, rng
+
+    def sums(self, name: str) -> tuple[bool, Dim]:
+        """Of a gradient: the factors over which it is a sum, whose parts other devices may have."""
+        if name in ("dk", "dv"):
+            return True, ("r",)
+        if name == "dsinks":
+            return True, ("b",)
+        if name == "dbias":
+            shape = self.shapes["bias"]
+            batch: Dim = ("b",) if shape[0] == 1 else ()
+            return True, batch + (("g", "r") if shape[1] == 1 else ())
+        return False, ()
+
+
+def _rule(spec: Spec, mesh: Any, operand_types: Any, result_types: Any) -> tuple[str, Any]:
+    shapes = spec.named(x.shape for x in operand_types)
+    shapes |= dict(zip(spec.results, (x.shape for x in result_types)))
+    factors = _Factors(spec, shapes)
+    operands = [factors.of(name) for name in spec.operands]
+    results = [factors.of(name) for name in spec.results]
+
+    def text(tensors: list[list[Dim]]) -> str:
+        return ", ".join(
+            " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
+            for dims in tensors
+        )
+
+    every = dict.fromkeys(f for dims in (*operands, *results) for dim in dims for f in dim)
+    whole = () if spec.drops else ("b", "g", "r")
+    options: dict[str, Any] = {
+        "need_replication_factors": tuple(f for f in every if f not in whole)
+    }
+    if factors.repeats > 1:
+        options["r"] = factors.repeats  # a size that no dimension shows by itself
+    return f"{text(operands)} -> {text(results)}", options
+
+
+# ---- one device ----------------------------------------------------------------------------------
+
+
+def _partition(spec: Spec, mesh: Mesh, operands: Any, results: Any) -> tuple[Any, ...]:
+    shapes = spec.named(tuple(x.shape) for x in operands)
+    shapes |= dict(zip(spec.results, (tuple(x.shape) for x in results)))
+    factors = _Factors(spec, shapes)
+    axes: dict[str, tuple[str, ...]] = {}
+    sharding = operands[0].sharding
+    if isinstance(sharding, NamedSharding):
+        mesh = sharding.mesh
+        if not spec.drops:
+            axes = _divide(factors, mesh, sharding.spec)
+    elif mesh.empty:  # what XLA came up with has no axes: every device computes everything
+        mesh = Mesh(np.array(sorted(sharding.device_set, key=lambda d: d.id)), ("devices",))
+
+    def placed(name: str) -> NamedSharding:
+        dims = (sum((axes.get(f, ()) for f in dim), ()) for dim in factors.of(name))
+        return NamedSharding(mesh, PartitionSpec(*(dim or None for dim in dims)))
+
+    def call(*local: Any) -> list[Any]:
+        computed = primitives.bind(spec, *local)
+        return [_summed(factors, axes, name, x) for name, x in zip(spec.results, computed)]
+
+    return (
+        mesh,
+        call,
+        [placed(name) for name in spec.results],
+        tuple(placed(name) for name in spec.operands),
+    )
+
+
+def _divide(factors: _Factors, mesh: Mesh, spec: PartitionSpec) -> dict[str, tuple[str, ...]]:
+    """The axes of the mesh that divide each factor: those of q, where every device gets as much."""
+    dims = [(x,) if isinstance(x, str) else x or () for x in spec]
+    dims += [()] * (len(factors.shapes["q"]) - len(dims))
+    of = dict(zip(factors.of("q"), dims))
+    size = lambda names: math.prod(mesh.shape[name] for name in names)
+    axes: dict[str, tuple[str, ...]] = {}
+    if factors.batch and factors.shapes["q"][0] % size(of[factors.batch]) == 0:
+        axes["b"] = of[factors.batch]
+    axes["g"] = axes["r"] = ()
+    for name in of[factors.head]:
+        if not axes["r"] and factors.groups % size((*axes["g"], name)) == 0:
+            axes["g"] += (name,)
+        elif (
+            size(axes["g"]) == factors.groups and factors.repeats % size((*axes["r"], name)) == 0
+        ):
+            axes["r"] += (name,)
+        else:
+            axes["g"] = axes["r"] = ()
+            break
+    return axes
+
+
+def _summed(factors: _Factors, axes: dict[str, tuple[str, ...]], name: str, x: Any) -> Any:
+    is_sum, over = factors.sums(name)
+    names = sum((axes.get(f, ()) for f in over), ())
+    return jax.lax.psum(x, names) if is_sum and names else x
