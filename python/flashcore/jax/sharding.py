@@ -115,6 +115,11 @@ def _rule(spec: Spec, mesh: Any, operand_types: Any, result_types: Any) -> tuple
     shapes = spec.named(x.shape for x in operand_types)
     shapes |= dict(zip(spec.results, (x.shape for x in result_types)))
     factors = _Factors(spec, shapes)
+    # An axis of the mesh that does not divide the key heads would be divided itself, between g and
+    # r, and JAX has no words for a part of an axis: then query and key heads do not go together.
+    apart = mesh.empty or factors.groups == 1 or any(factors.groups % n for n in mesh.shape.values())
+    if apart and factors.repeats > 1:
+        factors.head = ("h",)
     operands = [factors.of(name) for name in spec.operands]
     results = [factors.of(name) for name in spec.results]
 
@@ -125,11 +130,11 @@ def _rule(spec: Spec, mesh: Any, operand_types: Any, result_types: Any) -> tuple
         )
 
     every = dict.fromkeys(f for dims in (*operands, *results) for dim in dims for f in dim)
-    whole = () if spec.drops else ("b", "g", "r")
+    whole = () if spec.drops else ("b", "g", "r", "h")
     options: dict[str, Any] = {
         "need_replication_factors": tuple(f for f in every if f not in whole)
     }
-    if factors.repeats > 1:
+    if "r" in every:
         options["r"] = factors.repeats  # a size that no dimension shows by itself
     return f"{text(operands)} -> {text(results)}", options
 
