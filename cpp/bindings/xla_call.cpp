@@ -37,11 +37,6 @@ void pointer(Call& c, int64_t value) {
   c.*Storage = value;
   c.args.*Field = &(c.*Storage);
 }
-template <int I>
-void seed(Call& c, int64_t value) {
-  c.rng[I] = value;
-  c.args.rng = c.rng;
-}
 
 constexpr std::string_view kForwardOperands[] = {"q", "k", "v"}, kForwardResults[] = {"out"},
                            kBackwardOperands[] = {"q", "k", "v", "out", "lse", "dout"},
@@ -128,8 +123,6 @@ const Call::NumberName Call::kNumbers[] = {
     {"num_splits", nullptr, integer<&Args::num_splits>},
     {"num_threads", nullptr, integer<&Args::num_threads>},
     {"q_offset", nullptr, pointer<&Args::q_offset, &Call::q_offset>},
-    {"rng_offset", nullptr, seed<1>},
-    {"rng_seed", nullptr, seed<0>},
     {"scale",
      [](Call& c, double value) {
        c.scale = value;

@@ -51,7 +51,7 @@ struct Call {
   flashcore_attention_backward_args gradients{};
   flashcore_block_mask block_mask{};
   double scale = 0;
-  int64_t window_left = 0, window_right = 0, q_offset = 0, rng[2] = {};
+  int64_t window_left = 0, window_right = 0, q_offset = 0;
 
  private:
   struct TensorName;

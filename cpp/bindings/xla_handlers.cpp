@@ -105,8 +105,8 @@ class Decoder {
 
  private:
   [[noreturn]] static void refuse(std::string_view name) {
-    throw Failure{kInvalidArgument, text("flashcore: unknown attribute ", std::string(name),
-                                         ": this program was lowered by another version")};
+    throw Failure{kInvalidArgument, text("flashcore: the custom call has no ", std::string(name),
+                                         " of this kind: it was lowered by another version")};
   }
 
   void set_attribute(std::string_view name, Scalar scalar) {

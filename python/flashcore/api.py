@@ -131,7 +131,7 @@ def attention(
         No compiled kernel can honour the call, or an array that cannot be read as one: torch
         tensors that require grad (outside of torch.no_grad()), sparse, nested, quantized or meta
         tensors, any torch tensor inside torch.jit.trace, make_fx or another torch dispatch mode,
-        JAX arrays on a GPU or inside jit.
+        JAX arrays on a GPU or inside jit (flashcore.jax takes those).
     DeviceError
         The device or its driver failed.
 

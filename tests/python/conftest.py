@@ -11,6 +11,8 @@ import pytest
 
 # The references' matrices are small: threads would only get in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# JAX would take most of a GPU's memory when it starts, and torch is there too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import flashcore as fc  # noqa: E402
 

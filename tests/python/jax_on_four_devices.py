@@ -74,14 +74,12 @@ def same_when_divided(m, specs, arrays, function, collectives=(), tolerance=2e-6
     return got
 
 
-# ---- jit: custom_partitioning ----------------------------------------------------------------------
+# ---- jit: custom_partitioning --------------------------------------------------------------------
 
 
 @check
 def batch_and_heads():
-    got = same_when_divided(
-        mesh(), [BSHD] * 3, inputs(), functools.partial(gradients, causal=True)
-    )
+    got = same_when_divided(mesh(), [BSHD] * 3, inputs(), functools.partial(gradients, causal=True))
     for x in jax.tree.leaves(got):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh(), BSHD), 4), x.sharding
 
@@ -270,7 +268,7 @@ def in_bfloat16():
     same_when_divided(mesh(), [BSHD] * 3, inputs(dtype=jnp.bfloat16), fj.attention)
 
 
-# ---- axes that are explicit ------------------------------------------------------------------------
+# ---- axes that are explicit ----------------------------------------------------------------------
 
 
 @check
@@ -287,7 +285,7 @@ def explicit_axes():
     assert_close(jax.device_get(got), jax.device_get(want), 2e-6)
 
 
-# ---- shard_map -------------------------------------------------------------------------------------
+# ---- shard_map -----------------------------------------------------------------------------------
 
 
 def mapped(m, function, specs, out_specs, arrays, **options):
@@ -364,7 +362,9 @@ def shard_map_over_some_axes():
 @check
 def the_reference_agrees():
     arrays = inputs(4, 2)
-    got, _ = compiled(functools.partial(fj.attention, causal=True), *put(mesh(), [BSHD] * 3, arrays))
+    got, _ = compiled(
+        functools.partial(fj.attention, causal=True), *put(mesh(), [BSHD] * 3, arrays)
+    )
     assert_close(jax.device_get(got), jax.device_get(plain(*arrays, causal=True)[0]), 2e-6)
 
 

@@ -7,7 +7,7 @@ import functools
 import cases
 import pytest
 
-jax = pytest.importorskip("jax")
+jax = pytest.importorskip("jax", minversion="0.10")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -223,7 +223,9 @@ def test_sinks_by_definition():
 
     ours = lambda q, k, v, sinks: jnp.sin(fj.attention(q, k, v, sinks=sinks)).sum()
     every = (0, 1, 2, 3)
-    assert_close(jax.grad(ours, every)(q, k, v, sinks), jax.grad(definition, every)(q, k, v, sinks), 1e-6)
+    assert_close(
+        jax.grad(ours, every)(q, k, v, sinks), jax.grad(definition, every)(q, k, v, sinks), 1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -321,7 +323,9 @@ def test_block_mask_is_an_argument():
 def test_an_error_while_running_leaves_jax_usable():
     q, k, v = randoms((2, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8))
     call = jax.jit(lambda n: fj.attention(q, k, v, seqlens_k=n))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"seqlens_k\[1\] must be in 0\.\.4, got 5"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"seqlens_k\[1\] must be in 0\.\.4, got 5"
+    ):
         call(jnp.array([1, 5], jnp.int32)).block_until_ready()
     assert_equal(call(jnp.array([4, 4], jnp.int32)), fj.attention(q, k, v))
 
@@ -338,6 +342,14 @@ def test_dropout_with_given_seeds(rng):
     for array in (bits.view(np.int64), bits.view(np.uint32)):
         call = jax.jit(lambda rng: fj.attention(x, x, x, dropout_p=0.5, rng=rng))
         assert_equal(call(jnp.asarray(array)), want)
+
+
+def test_a_new_seed_is_no_new_program():
+    (x,) = randoms((1, 16, 2, 8))
+    outs = [fj.attention(x, x, x, dropout_p=0.5, rng=(seed, 0)) for seed in (5, 6)]
+    before = fj.api._run._cache_size()
+    fj.attention(x, x, x, dropout_p=0.5, rng=(7, 9))
+    assert fj.api._run._cache_size() == before and (outs[0] != outs[1]).any()
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])

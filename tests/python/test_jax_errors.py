@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-jax = pytest.importorskip("jax")
+jax = pytest.importorskip("jax", minversion="0.10")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -34,7 +34,11 @@ BAD = {
         fc.ArgumentError,
         "one batch size",
     ),
-    "heads that do not divide": ({"q": jnp.ones((1, 4, 3, 8))}, fc.ArgumentError, "multiple of k's"),
+    "heads that do not divide": (
+        {"q": jnp.ones((1, 4, 3, 8))},
+        fc.ArgumentError,
+        "multiple of k's",
+    ),
     "a mask of numbers": ({"mask": jnp.ones((1, 1, 4, 4))}, fc.ArgumentError, "mask must be bool"),
     "a bias of 16 bits": (
         {"bias": jnp.ones((1, 1, 4, 4), jnp.bfloat16)},
@@ -75,7 +79,11 @@ BAD = {
     "align": ({"align": "left"}, fc.ArgumentError, "align must be 'bottom_right' or 'top_left'"),
     "softcap": ({"softcap": -1.0}, fc.ArgumentError, "softcap must be finite and >= 0"),
     "dropout": ({"dropout_p": 1.5, "rng": (0, 0)}, fc.ArgumentError, r"dropout_p must be in \[0"),
-    "dropout without seeds": ({"dropout_p": 0.5}, fc.ArgumentError, r"rng is required.*random\.key"),
+    "dropout without seeds": (
+        {"dropout_p": 0.5},
+        fc.ArgumentError,
+        r"rng is required.*random\.key",
+    ),
     "half a seed": ({"dropout_p": 0.5, "rng": 3}, fc.ArgumentTypeError, "rng must be a key of jax"),
     "a wide seed": ({"dropout_p": 0.5, "rng": (2**64, 0)}, fc.ArgumentError, r"rng\[0\].*64 bits"),
     "many keys": (
@@ -88,7 +96,11 @@ BAD = {
         fc.ArgumentTypeError,
         "block_mask must be a flashcore.BlockMask.*from_dense",
     ),
-    "pages": ({"page_table": jnp.zeros((1, 1), jnp.int32)}, fc.UnsupportedError, "page_table is not"),
+    "pages": (
+        {"page_table": jnp.zeros((1, 1), jnp.int32)},
+        fc.UnsupportedError,
+        "page_table is not",
+    ),
     "out_dtype": ({"out_dtype": "int8"}, fc.ArgumentError, "out_dtype must be None"),
     "return_lse": ({"return_lse": 1}, fc.ArgumentTypeError, "return_lse must be True or False"),
     "out": ({"out": X}, fc.UnsupportedError, "out= is not an option of flashcore.jax"),
@@ -114,7 +126,9 @@ def test_arrays_of_others(framework):
     other = pytest.importorskip(framework)
     if framework == "cupy" and not other.cuda.is_available():
         pytest.skip("CuPy sees no CUDA device")
-    with pytest.raises(fc.ArgumentTypeError, match=r"q must be a JAX or NumPy.*flashcore\.attention"):
+    with pytest.raises(
+        fc.ArgumentTypeError, match=r"q must be a JAX or NumPy.*flashcore\.attention"
+    ):
         fj.attention(other.zeros((1, 4, 2, 8)), X, X)
 
 
@@ -122,7 +136,9 @@ def test_the_neutral_functions_name_this_one():
     for transform in (jax.jit, jax.grad, jax.vmap):
         with pytest.raises(fc.ArgumentError, match=r"traced JAX value.*flashcore\.jax\.attention"):
             transform(lambda q: fc.attention(q, X, X).sum())(X)
-    with pytest.raises(fc.ArgumentError, match="out is an output, but a JAX array may not be written"):
+    with pytest.raises(
+        fc.ArgumentError, match="out is an output, but a JAX array may not be written"
+    ):
         fc.attention(X, X, X, out=jnp.zeros_like(X))
 
 
@@ -150,7 +166,9 @@ def test_alibi_slopes_have_no_gradient():
 def test_packed_scores_need_the_longest_length():
     q, lengths = X.reshape(4, 2, 8), jnp.array([0, 3, 4], jnp.int32)
     options = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths, "bias": jnp.zeros((1, 1, 3, 3))}
-    with pytest.raises(fc.ArgumentError, match=r"bias must broadcast.*max_seqlen_q and max_seqlen_k"):
+    with pytest.raises(
+        fc.ArgumentError, match=r"bias must broadcast.*max_seqlen_q and max_seqlen_k"
+    ):
         fj.attention(q, q, q, **options)
     fj.attention(q, q, q, **options, max_seqlen_q=3, max_seqlen_k=3)
 
@@ -161,7 +179,7 @@ def test_another_platform():
         call.trace(X).lower(lowering_platforms=("tpu",))
 
 
-# ---- explain ---------------------------------------------------------------------------------------
+# ---- explain -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -195,7 +213,7 @@ def test_explain_refuses():
         fj.explain(X, X, X, colour=1)
 
 
-# ---- imports ---------------------------------------------------------------------------------------
+# ---- imports -------------------------------------------------------------------------------------
 
 
 def test_flashcore_does_not_import_jax():

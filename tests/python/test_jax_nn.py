@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-jax = pytest.importorskip("jax")
+jax = pytest.importorskip("jax", minversion="0.10")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402

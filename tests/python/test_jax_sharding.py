@@ -10,7 +10,7 @@ from os import environ
 
 import pytest
 
-pytest.importorskip("jax")
+pytest.importorskip("jax", minversion="0.10")
 
 FILE = pathlib.Path(__file__).with_name("jax_on_four_devices.py")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-jax = pytest.importorskip("jax")
+jax = pytest.importorskip("jax", minversion="0.10")
 
 import jax.numpy as jnp  # noqa: E402
 from jax_arrays import assert_close, assert_equal, plain, randoms  # noqa: E402
@@ -36,7 +36,9 @@ def loss_of(function):
 
 def each(function, x, *rest):
     """What vmap means."""
-    results = [function(x[i], *(jax.tree.map(lambda a, i=i: a[i], y) for y in rest)) for i in range(len(x))]
+    results = [
+        function(x[i], *(jax.tree.map(lambda a, i=i: a[i], y) for y in rest)) for i in range(len(x))
+    ]
     return jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
@@ -71,7 +73,9 @@ def test_vmap(dims, batch_of_bias):
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("kept", [(), ("mask",), ("alibi_slopes",), ("seqlens_k", "q_offset"), ("block_mask",)])
+@pytest.mark.parametrize(
+    "kept", [(), ("mask",), ("alibi_slopes",), ("seqlens_k", "q_offset"), ("block_mask",)]
+)
 def test_vmap_of_every_option_with_a_batch(layout, kept):
     q, k, v = randoms(*[(3, 2, 4, 4, 8)] * 3)
     keys = jax.random.split(jax.random.key(1), 5)
@@ -80,9 +84,11 @@ def test_vmap_of_every_option_with_a_batch(layout, kept):
     capacity = 4
     padded = [
         jax.tree.map(
-            lambda x: jnp.pad(jnp.asarray(x), [(0, 0)] * 3 + [(0, capacity - x.shape[3])])
-            if x.ndim == 4
-            else jnp.asarray(x),
+            lambda x: (
+                jnp.pad(jnp.asarray(x), [(0, 0)] * 3 + [(0, capacity - x.shape[3])])
+                if x.ndim == 4
+                else jnp.asarray(x)
+            ),
             mask,
         )
         for mask in masks

@@ -34,7 +34,7 @@ def attention(
     return_max_logits: bool = False,
     **options: Unpack[Options],
 ) -> Any:
-    """`flashcore.attention` under jit, grad, vmap, scan, checkpoint, shard_map and on sharded arrays.
+    """`flashcore.attention` under jit, grad, vmap, scan, checkpoint, shard_map; on sharded arrays.
 
     Arrays are operands: q, k, v, bias, mask, sinks, alibi_slopes, lengths, the lists of a block
     mask, and q_offset and rng where they are arrays. Everything else is part of the compiled
@@ -69,9 +69,9 @@ def attention(
 
     Notes
     -----
-    jax.vmap folds the mapped dimension into the batch; calls with dropout, packed sequences or sinks
-    of each call are made one by one. Arrays sharded over batch or heads stay where they are: no
-    communication, but for the sums that gradients of shared inputs need.
+    jax.vmap folds the mapped dimension into the batch; calls with dropout, packed sequences or
+    sinks of each call are made one by one. Arrays sharded over batch or heads stay where they are:
+    no communication, but for the sums that gradients of shared inputs need.
 
     Examples
     --------

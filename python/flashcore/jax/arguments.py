@@ -96,12 +96,12 @@ def _word(call: str, name: str, x: Any, words: tuple[str, ...]) -> int:
     raise ArgumentError(f"[{call}] {name} must be {' or '.join(map(repr, words))}, got {x!r}")
 
 
-def _seed(call: str, name: str, x: Any) -> int:
-    """The bits of an unsigned or signed 64-bit integer, signed."""
+def _seed(call: str, name: str, x: Any) -> np.uint64:
+    """The bits of an unsigned or signed 64-bit integer."""
     if not isinstance(x, (bool, np.bool_)) and not is_array(x) and hasattr(x, "__index__"):
         bits = operator.index(x)
         if -(2**63) <= bits < 2**64:
-            return (bits + 2**63) % 2**64 - 2**63
+            return np.uint64(bits % 2**64)
         raise ArgumentError(f"[{call}] {name} does not fit 64 bits: {bits}")
     raise _refuse(call, name, "an integer", x)
 
@@ -128,8 +128,9 @@ def _rng(call: str, x: Any) -> tuple[Static, dict[str, Any]]:
                 f"[{call}] rng must be a key of jax.random, two integers (seed, offset), or an "
                 f"array of their bits, int64 (2) or uint32 (4), got {type(x).__name__}"
             )
-        seed, offset = (_seed(call, f"rng[{i}]", n) for i, n in enumerate(x))
-        return {"rng_seed": seed, "rng_offset": offset}, {}
+        # An operand too: a new seed does not make a new program.
+        halves = np.array([_seed(call, f"rng[{i}]", n) for i, n in enumerate(x)]).view(np.uint32)
+        return {}, {"rng_tensor": jnp.asarray(halves)}
     if isinstance(x, np.ndarray):
         x = array(call, "rng", x)
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -140,8 +141,8 @@ def _rng(call: str, x: Any) -> tuple[Static, dict[str, Any]]:
     if (x.dtype, x.shape) in ((jnp.uint32, (4,)), (jnp.int64, (2,))):
         return {}, {"rng_tensor": x}
     raise ArgumentError(
-        f"[{call}] rng must be one key of jax.random, or the bits of (seed, offset) as int64 (2) or "
-        f"uint32 (4), got {x.dtype} {x.shape}"
+        f"[{call}] rng must be one key of jax.random, or the bits of (seed, offset) as int64 (2) "
+        f"or uint32 (4), got {x.dtype} {x.shape}"
     )
 
 
@@ -205,7 +206,7 @@ _READ: dict[str, _Read] = {
     **{name: _operand(name) for name in _ARRAYS},
 }
 _NEVER_NONE = ("layout", "causal", "window_size", "align", "softcap", "dropout_p", "deterministic")
-_ZERO_SAYS_SOMETHING = ("scale", "q_offset", "rng_seed", "rng_offset", "window_left", "window_right")
+_ZERO_IS_NO_DEFAULT = ("scale", "q_offset", "window_left", "window_right")
 
 
 def read(
@@ -226,8 +227,8 @@ def read(
         if name in ("out", "stream"):
             if x is not None:
                 raise UnsupportedError(
-                    f"[{call}] {name}= is not an option of flashcore.jax.attention: a JAX array may "
-                    "not be written, and XLA chooses the stream. The result is a new array"
+                    f"[{call}] {name}= is not an option of flashcore.jax.attention: a JAX array "
+                    "may not be written, and XLA chooses the stream. The result is a new array"
                 )
         elif name not in _READ:
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
@@ -235,19 +236,17 @@ def read(
             more, arrays = _READ[name](call, x)
             static |= more
             operands |= arrays
-    if static.get("dropout_p") and not {"rng_seed", "rng_tensor"} & {*static, *operands}:
+    if static.get("dropout_p") and "rng_tensor" not in operands:
         raise ArgumentError(
-            f"[{call}] rng is required when dropout_p > 0: pass rng=jax.random.key(seed), a new key "
-            "for each call"
+            f"[{call}] rng is required when dropout_p > 0: pass rng=jax.random.key(seed), a new "
+            "key for each call"
         )
     if not static.get("dropout_p"):
-        for name in ("rng_seed", "rng_offset", "dropout_p"):
-            static.pop(name, None)
         operands.pop("rng_tensor", None)
     attributes = tuple(
         (name, x if isinstance(x, float) else int(x))
         for name, x in sorted(static.items())
-        if x or name in _ZERO_SAYS_SOMETHING
+        if x or name in _ZERO_IS_NO_DEFAULT
     )
     spec = Spec(tuple(operands), results, attributes, _dtype(call, out_dtype))
     return spec, list(operands.values())
@@ -262,7 +261,7 @@ def _dtype(call: str, x: Any) -> str | None:
         name = ""
     if name not in ("float16", "bfloat16", "float32", "float64"):
         raise ArgumentError(
-            f"[{call}] out_dtype must be None (the dtype of the inputs), float16, bfloat16, float32 "
-            f"or float64, got {x!r}"
+            f"[{call}] out_dtype must be None (the dtype of the inputs), float16, bfloat16, "
+            f"float32 or float64, got {x!r}"
         )
     return name

@@ -88,4 +88,4 @@ def _once(spec: Spec) -> Callable[..., Sequence[Any]]:
         )
 
     function.defvjp(refuse, refuse)
-    return function  # type: ignore[no-any-return]
+    return function

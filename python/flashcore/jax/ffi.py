@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import jax
+import jaxlib
 
 from flashcore import _core
 
@@ -20,8 +21,8 @@ def runtime_version() -> tuple[int, int]:
         text = header.read_text(encoding="utf-8")
     except OSError as error:
         raise ImportError(
-            f"flashcore.jax reads the version of XLA's FFI from {header.name} of jaxlib, and cannot: "
-            f"{error}"
+            f"flashcore.jax reads the version of XLA's FFI from {header.name} of jaxlib, and "
+            f"cannot: {error}"
         ) from error
     found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", text))
     if len(found) != 2:
@@ -38,7 +39,7 @@ def check(runtime: tuple[int, int]) -> None:
     if runtime < oldest or runtime[0] != newest[0]:
         raise ImportError(
             f"flashcore.jax was built for XLA FFI {oldest[0]}.{oldest[1]} and later {newest[0]}.x, "
-            f"but jaxlib {jax.lib.__version__} has {runtime[0]}.{runtime[1]}: install another "
+            f"but jaxlib {jaxlib.__version__} has {runtime[0]}.{runtime[1]}: install another "
             "jaxlib, or a flashcore built for this one. Nothing was registered"
         )
 

@@ -65,8 +65,8 @@ def dot_product_attention(
 
     Notes
     -----
-    One difference: a row that sees no key is 0 here (residual -inf). jax.nn gives such a row the mean
-    of all values.
+    One difference: a row that sees no key is 0 here (residual -inf). jax.nn gives such a row the
+    mean of all values.
     """
     if implementation is not None:
         raise UnsupportedError(
@@ -74,10 +74,7 @@ def dot_product_attention(
             "jax.nn.dot_product_attention has 'xla' and 'cudnn'"
         )
     residual = arguments.flag(_CALL, "return_residual", return_residual)
-    q, k, v = (
-        _four(name, x)
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
+    q, k, v = (_four(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     options: dict[str, Any] = {"align": "top_left"}
     options["causal"] = arguments.flag(_CALL, "is_causal", is_causal)
     if scale is not None:

@@ -1,9 +1,10 @@
 """Arrays that are divided over devices: each device computes the batches and heads that it has.
 
-Shardy asks for a rule (which dimensions go together) and then for the call on one device. Batch and
-heads may be divided; lengths and head_dim may not. Of grouped heads, h = g * r + i: g may be divided
-in everything, and where each device has one g, r may be divided in q while k and v are repeated.
-Dropout bits depend on the index of batch and head, so a call that drops is not divided.
+Shardy asks for a rule (which dimensions go together) and then for the call on one device. Batch
+and heads may be divided; lengths and head_dim may not. Query heads are groups times repeats (g, r):
+g may be divided in everything, and where each device has one g, r may be divided in q while k and v
+are repeated. Dropout bits depend on the index of batch and head, so a call that drops is not
+divided.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def divided(spec: Spec) -> Callable[..., list[Any]]:
         partition=functools.partial(_partition, spec),
         sharding_rule=functools.partial(_rule, spec),
     )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 # ---- which dimensions go together ----------------------------------------------------------------
@@ -117,8 +118,8 @@ def _rule(spec: Spec, mesh: Any, operand_types: Any, result_types: Any) -> tuple
     factors = _Factors(spec, shapes)
     # An axis of the mesh that does not divide the key heads would be divided itself, between g and
     # r, and JAX has no words for a part of an axis: then query and key heads do not go together.
-    apart = mesh.empty or factors.groups == 1 or any(factors.groups % n for n in mesh.shape.values())
-    if apart and factors.repeats > 1:
+    indivisible = mesh.empty or any(factors.groups % n for n in mesh.shape.values())
+    if factors.repeats > 1 and (factors.groups == 1 or indivisible):
         factors.head = ("h",)
     operands = [factors.of(name) for name in spec.operands]
     results = [factors.of(name) for name in spec.results]
@@ -176,7 +177,10 @@ def _divide(factors: _Factors, mesh: Mesh, spec: PartitionSpec) -> dict[str, tup
     dims = [(x,) if isinstance(x, str) else x or () for x in spec]
     dims += [()] * (len(factors.shapes["q"]) - len(dims))
     of = dict(zip(factors.of("q"), dims))
-    size = lambda names: math.prod(mesh.shape[name] for name in names)
+
+    def size(names: Sequence[str]) -> int:
+        return math.prod(mesh.shape[name] for name in names)
+
     axes: dict[str, tuple[str, ...]] = {}
     if factors.batch and factors.shapes["q"][0] % size(of[factors.batch]) == 0:
         axes["b"] = of[factors.batch]
@@ -184,9 +188,7 @@ def _divide(factors: _Factors, mesh: Mesh, spec: PartitionSpec) -> dict[str, tup
     for name in of[factors.head]:
         if not axes["r"] and factors.groups % size((*axes["g"], name)) == 0:
             axes["g"] += (name,)
-        elif (
-            size(axes["g"]) == factors.groups and factors.repeats % size((*axes["r"], name)) == 0
-        ):
+        elif size(axes["g"]) == factors.groups and factors.repeats % size((*axes["r"], name)) == 0:
             axes["r"] += (name,)
         else:
             axes["g"] = axes["r"] = ()
