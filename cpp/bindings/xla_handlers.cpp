@@ -1,7 +1,9 @@
 #include "bindings/xla_handlers.h"
 
 #include <algorithm>
+#include <cfenv>
 #include <exception>
+#include <optional>
 #include <string>
 
 #include "bindings/xla_call.h"
@@ -148,6 +150,22 @@ class Decoder {
   int count_ = 0;
 };
 
+// Rounding to nearest, and no flushing of the smallest numbers to zero: XLA's threads flush, those
+// of the core's pool do not, and bits must not depend on which of them computed a tile.
+class DefaultFloats {
+ public:
+  DefaultFloats() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+  ~DefaultFloats() { std::fesetenv(&before_); }
+
+ private:
+  std::fenv_t before_;
+};
+
 ErrorCode code_of(flashcore_status status) {
   return status == FLASHCORE_INVALID_ARGUMENT ? kInvalidArgument
          : status == FLASHCORE_UNSUPPORTED    ? kUnimplemented
@@ -171,6 +189,8 @@ Error* handle(CallFrame* frame) {
     Call call(direction);
     Decoder decoder(*frame, queue.device, call);
     decoder.decode(direction);
+    std::optional<DefaultFloats> floats;
+    if (device == kDLCPU) floats.emplace();
     flashcore_status const status =
         call.run(decoder.workspace, decoder.workspace_bytes, queue.stream);
     if (status == FLASHCORE_OK) return nullptr;

@@ -222,9 +222,14 @@ def block_masks():
 def packed_sequences_divide_by_heads():
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in inputs(4, 2))
     cu_q, cu_k = (jnp.array([0, n, 3 * n, 4 * n], jnp.int32) for n in (16, 24))
-    function = lambda q, k, v, a, b: gradients(q, k, v, cu_seqlens_q=a, cu_seqlens_k=b)
-    specs = [P(None, "heads")] * 3 + [P()] * 2
-    same_when_divided(mesh(), specs, [q, k, v, cu_q, cu_k], function)
+    slopes, offsets = jnp.full((3, 4), 0.1, jnp.float32), jnp.array([3, 0, 8], jnp.int32)
+
+    def function(q, k, v, a, b, slopes, offsets):
+        rows = {"alibi_slopes": slopes, "q_offset": offsets, "causal": True}
+        return gradients(q, k, v, cu_seqlens_q=a, cu_seqlens_k=b, **rows)
+
+    specs = [P(None, "heads")] * 3 + [P()] * 2 + [P(None, "heads"), P()]
+    same_when_divided(mesh(), specs, [q, k, v, cu_q, cu_k, slopes, offsets], function)
 
 
 @check

@@ -19,8 +19,6 @@ from flashcore import _core
 from flashcore.errors import ArgumentError, UnsupportedError
 from flashcore.jax.spec import BACKWARD, FORWARD, Spec, result_dtype, result_like, result_shape
 
-# What a fixed place in the custom call says already: cpp/bindings/xla_call.h.
-_FIXED = frozenset((*FORWARD, *BACKWARD))
 _ALIGNMENT = 256  # of the workspace; XLA aligns what it gives by less
 
 
@@ -104,6 +102,7 @@ def _lower(platform: str) -> Any:
 
 
 def _fixed(spec: Spec, name: str) -> bool:
+    """Whether its place in the custom call is always the same: cpp/bindings/xla_call.cpp."""
     if spec.backward:
         return name in BACKWARD or name in ("dq", "dk", "dv")
     return name in FORWARD or name == "out"

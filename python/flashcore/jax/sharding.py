@@ -75,8 +75,8 @@ class _Factors:
         return (f"x{self.free}",)
 
     def of(self, name: str) -> list[Dim]:
-        shape = self.shapes[name]
-        batch, head = [self.batch] if self.batch else [], self.head
+        rank, head = len(self.shapes[name]), self.head
+        batch = [self.batch] if self.batch else []
         if name in _ROWS:
             is_query, last = _ROWS[name]
             middle: list[Dim] = [("s",) if is_query else ("t",), head if is_query else ("g",)]
@@ -85,31 +85,27 @@ class _Factors:
             return [*batch, *middle, (last,)]
         if name in ("lse", "dlse", "max_logits"):
             return [*batch, head, ("s",)]
+        # The rest may have a batch, of padded or packed sequences, and heads; or 1 for all of them.
+        lead: list[Dim] = []
         if name in _PER_BATCH:
-            return [("b",)]
-        if name in ("sinks", "dsinks"):
-            return [head]
-        if name == "alibi_slopes":
-            return [*batch, head] if len(shape) == 2 else [head]
-        if name in _SCORES or name.endswith(("_num_blocks", "_indices")):
-            lead = [
-                factor if factor and size > 1 else self.alone()
-                for factor, size in zip((self.batch, head), shape)
-            ]
-            return lead + [self.alone() for _ in shape[2:]]
-        return [self.alone() for _ in shape]  # cu_seqlens_*, rng
+            lead = [self.batch]
+        elif name in ("sinks", "dsinks", "alibi_slopes"):
+            lead = [self.batch, head][-rank:]
+        elif name in _SCORES or name.endswith(("_num_blocks", "_indices")):
+            lead = [self.batch, head]
+        dims = zip(self.shapes[name], lead + [()] * (rank - len(lead)))
+        return [dim if dim and size > 1 else self.alone() for size, dim in dims]
 
-    def sums(self, name: str) -> tuple[bool, Dim]:
-        """Of a gradient: the factors over which it is a sum, whose parts other devices may have."""
+    def summed(self, name: str) -> Dim:
+        """The factors over which a gradient is a sum, whose parts other devices may have."""
         if name in ("dk", "dv"):
-            return True, ("r",)
+            return ("r",)
         if name == "dsinks":
-            return True, ("b",)
+            return ("b",)
         if name == "dbias":
-            shape = self.shapes["bias"]
-            batch: Dim = ("b",) if shape[0] == 1 else ()
-            return True, batch + (("g", "r") if shape[1] == 1 else ())
-        return False, ()
+            batch, heads = (size == 1 for size in self.shapes["bias"][:2])
+            return ("b",) * batch + ("g", "r") * heads
+        return ()
 
 
 def _rule(spec: Spec, mesh: Any, operand_types: Any, result_types: Any) -> tuple[str, Any]:
@@ -197,6 +193,5 @@ def _divide(factors: _Factors, mesh: Mesh, spec: PartitionSpec) -> dict[str, tup
 
 
 def _summed(factors: _Factors, axes: dict[str, tuple[str, ...]], name: str, x: Any) -> Any:
-    is_sum, over = factors.sums(name)
-    names = sum((axes.get(f, ()) for f in over), ())
-    return jax.lax.psum(x, names) if is_sum and names else x
+    names = sum((axes.get(f, ()) for f in factors.summed(name)), ())
+    return jax.lax.psum(x, names) if names else x
