@@ -212,6 +212,17 @@ def test_which_gradients_are_wanted_may_change():
         assert_close(jax.jit(jax.grad(ours, argument))(q, bias), want)
 
 
+def test_which_results_are_used_may_change():
+    q, k, v = randoms(*SHAPES)
+    ours = lambda q: fj.attention(q, k, v, return_lse=True)[:2]
+    theirs = lambda q: plain(q, k, v)
+    out_alone, lse_alone = lambda out, lse: out.sum(), lambda out, lse: lse.sum()
+    both = lambda out, lse: jnp.sin(out).sum() + jnp.sin(lse).sum()
+    for loss in (out_alone, lse_alone, both, lse_alone, out_alone):
+        got, want = (jax.grad(lambda q, f=f, loss=loss: loss(*f(q)))(q) for f in (ours, theirs))
+        assert_close(got, want)
+
+
 @pytest.mark.parametrize("which", ["q", "k", "v", "bias", "sinks"])
 def test_one_input_is_differentiated(which):
     q, k, v, bias = randoms(*SHAPES, (1, 4, 5, 7))
