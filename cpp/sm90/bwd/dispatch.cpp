@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/memo.h"
 #include "common/text.h"
 #include "flashcore/flashcore.h"
 #include "sm90/backend.h"
@@ -237,16 +238,22 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
         p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
     int const largest = tile::section_pairs(head_bytes, 1, pairs, kL2Budget);
     int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
+    auto const cost = [&](int block) {
+      int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
+      auto const rows = tile::row_blocks(p.window, key, min_of(key + c.block_n, p.seqlen_k),
+                                         q_offset, p.seqlen_q, c.block_m);
+      return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
+    };
+    // The search takes tens of microseconds, the rest of a call two.
+    thread_local Memo<int, 11> known;
     params.scheduler.section_pairs =
-        packed
-            ? largest
-            : tile::balanced_section(params.scheduler, largest, 1, d.blocks, [&](int block) {
-                int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
-                auto const rows =
-                    tile::row_blocks(p.window, key, min_of(key + c.block_n, p.seqlen_k), q_offset,
-                                     p.seqlen_q, c.block_m);
-                return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
-              });
+        packed ? largest
+               : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
+                            p.window.right, q_offset, pairs, largest, params.group, d.blocks},
+                           [&] {
+                             return tile::balanced_section(params.scheduler, largest, 1, d.blocks,
+                                                           cost);
+                           });
   }
   instance.launch(params, d.blocks, p.device_id, static_cast<cudaStream_t>(stream));
   if (p.dsinks) launch_dsinks(params, c.block_m, static_cast<cudaStream_t>(stream));
