@@ -313,11 +313,11 @@ TEST("block masks") {
   count.data[0] = 4;
   refuses(with_mask, {"block_mask.kv_num_blocks[0,0,0] must be in 0..3, got 4"});
   count.data[0] = 2;
-  int64_t const seqlen_q = validate(&good.args, run).seqlen_q;
-  m.seqlen_q = seqlen_q - 1;
-  m.seqlen_k = validate(&good.args, run).seqlen_k;
+  Problem const fits = validate(&good.args, run);
+  m.seqlen_q = fits.seqlen_q - 1;
+  m.seqlen_k = fits.seqlen_k;
   refuses(with_mask, {"block_mask is for seqlen_q", "make one for these lengths"});
-  m.seqlen_q = seqlen_q;
+  m.seqlen_q = fits.seqlen_q;
   CHECK_EQ(validate(&good.args, run).block_q, 2);
   m.struct_size = sizeof m + 8;
   refuses(with_mask, {"block_mask.struct_size"});

@@ -67,7 +67,12 @@ struct SharedScores {
     make_ds(c, scores, rS, rdP, 0, c.first_step());
     meet();
   }
-  FC_DEVICE static void meet() { named_barrier_sync(T::kMeet, T::kConsumerThreads); }
+  FC_DEVICE static void meet() {
+    if constexpr (T::kByGradient)  // each consumer has steps of its own
+      named_barrier_sync_apart(T::kMeet, T::kConsumerThreads);
+    else
+      named_barrier_sync(T::kMeet, T::kConsumerThreads);
+  }
 };
 
 }  // namespace flashcore::sm90::bwd

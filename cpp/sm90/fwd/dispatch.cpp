@@ -16,9 +16,10 @@
 namespace flashcore::sm90::fwd {
 namespace {
 
-// Keys and values of the heads that run at the same time should stay in L2 (60 MB on an H200, in
-// two halves that may both hold a line).
-constexpr int64_t kL2Budget = int64_t{32} << 20;
+// Keys and values of the heads that run at the same time, a section, should stay in L2 (60 MB on an
+// H200, in two halves that may both hold a line) while Q and O stream through it: 16 MB of them,
+// up to 32 where that is less than four heads.
+constexpr int64_t kLeastSection = int64_t{16} << 20, kLargestSection = int64_t{32} << 20;
 
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -160,8 +161,10 @@ void schedule(const FwdConfig& c, const Problem& p, int splits, FwdParams& param
     throw Failure(FLASHCORE_UNSUPPORTED,
                   text("[attention] ", most_tiles(c, p) * splits, " query tiles exceed 2^31 - 1"));
   int const pairs = static_cast<int>(p.cu_seqlens_q ? p.num_heads_q : p.batch * p.num_heads_q);
-  int const largest = tile::section_pairs(p.seqlen_k * (p.head_dim + p.head_dim_v) * 2,
-                                          params.group, pairs, kL2Budget);
+  int64_t const head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2;
+  int const largest =
+      tile::section_pairs(head_bytes, params.group, pairs,
+                          min_of(kLargestSection, max_of(kLeastSection, 4 * head_bytes)));
   tile::TileScheduler& s = params.scheduler;
   s = {static_cast<int>(ceil_div<int64_t>(p.seqlen_q, c.block_m)), static_cast<int>(p.num_heads_q),
        pairs, largest};

@@ -69,6 +69,10 @@ FC_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::ct
 FC_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same where threads come from different branches: bar.sync promises one instruction to all.
+FC_DEVICE void named_barrier_sync_apart(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 FC_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
