@@ -11,9 +11,10 @@ A result x passes when
 exact: the definition in float64 (long double for float64 inputs). same: the definition in the
 inputs' own precision, as a framework would compute it. floor: two roundings of the largest value to
 the result's dtype (of P and of the result) and sixteen of the sums it came from, because `same` can
-be exact by luck (one key, say, whose P is 1). So a kernel may be twice as inexact as plain attention in the same dtype, and no more, at
-any size and for any input. A tensor of fewer than 64 numbers (dsinks) may be 8 times, one of fewer
-than 8 may be 64: the largest error of so few is a matter of luck.
+be exact by luck (one key, say, whose P is 1). So a kernel may be twice as inexact as plain
+attention in the same dtype, and no more, at any size and for any input. A tensor of fewer than 64
+numbers (dsinks) may be 8 times, one of fewer than 8 may be 64: the largest error of so few is a
+matter of luck.
 """
 
 from __future__ import annotations

@@ -111,9 +111,7 @@ def test_matches_reference(case):
 
 
 @pytest.mark.parametrize("d", DIMS)
-@pytest.mark.parametrize(
-    "window", [(None, 37), (100, 0), (5, 9), (0, 0), (200, None)], ids=str
-)
+@pytest.mark.parametrize("window", [(None, 37), (100, 0), (5, 9), (0, 0), (200, None)], ids=str)
 def test_windows(d, window):
     call = Call(Case("window", dtype="bf16", b=1, q=500, k=450, d=d), window_size=window)
     call.check(call.run())
