@@ -46,16 +46,20 @@ FC_HD constexpr uint32_t transposed_patch_offset(int warp, int lane, int patch) 
 
 // A box of rows that stops where a sequence does: what lies behind it may be another sequence's, or
 // padding, and hold NaN. The copy engine fills with zeros what is outside the tensor, so it is told
-// of a tensor with its rows twice, (columns, box, rows + 1, ...), both with the stride of a row and
-// from `box` rows before the first one: element (c, r, s) is row r + s - box. A box at
-// (0, skipped, end) then holds `valid` rows, the last of which is row end - 1, and runs out of the
-// second dimension where they end.
+// of a tensor with its rows twice, (columns, box, rows, ...), both with the stride of a row:
+// element (c, r, s) is row r + s. A box at (0, skipped, begin) then holds `valid` rows, the first
+// of which is row skipped + begin, and runs out of the second dimension where they end.
+//
+// begin is negative where a sequence that is shorter than a box lies among the first rows of the
+// tensor. A map that begins before the tensor would do, if that memory were there: the engine
+// faults on the address of a map, even where no box reaches it. So such rows are fetched one by
+// one.
 struct RowWindow {
-  int skipped, end;
+  int skipped, begin;
 };
 FC_HD constexpr RowWindow row_window(int box, int row, int valid) {
   int const rows = min_of(box, valid);
-  return {box - rows, row + rows};
+  return {box - rows, row - (box - rows)};
 }
 
 // wgmma matrix descriptors, without the address (bits 0..13: address / 16).

@@ -72,14 +72,11 @@ CUtensorMap tensor_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, i
 CUtensorMap row_window_map(const Rows& r, DType dtype, int64_t cols, int64_t rows, int64_t heads,
                            int64_t batch, int box_rows) {
   uint64_t const row = stride_bytes(rows, r.row_stride);
-  // An address that need not exist: no box comes that far down.
-  void* const base =
-      reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(r.data) - u(box_rows) * row);
   return cuda::encode_tensor_map(
-      {base,
+      {r.data,
        dtype == DType::bf16,
        5,
-       {u(cols), u(box_rows), u(rows + 1), u(heads), u(batch)},
+       {u(cols), u(box_rows), u(rows), u(heads), u(batch)},
        {row, row, stride_bytes(heads, r.head_stride), stride_bytes(batch, r.batch_stride)},
        {64, static_cast<uint32_t>(box_rows), 1, 1, 1}});
 }

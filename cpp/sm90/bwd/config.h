@@ -41,8 +41,15 @@ struct Matrix {
   bool f32;  // float32 elements instead of the kernel's dtype
 };
 
+// What the copy engine is told of a tensor.
+struct TensorMaps {
+  bool cut;           // sequences end inside the tensor
+  CUtensorMap boxes;  // tensor_map(), or row_window_map() if cut
+  CUtensorMap rows;   // if cut: tensor_map() of single rows
+};
+
 struct BwdParams {
-  CUtensorMap q, k, v, dout;  // row_window_map(): (head_dim, box, rows + 1, heads, batch)
+  TensorMaps q, k, v, dout;
   Matrix q_ref, k_ref, v_ref, out_ref, dout_ref;  // the same, for ordinary loads
   Matrix dq, dk, dv;
   const float *lse, *dlse;  // dlse may be null

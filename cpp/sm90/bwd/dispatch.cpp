@@ -17,7 +17,7 @@ namespace {
 
 // Queries, dO and the sums of dQ of the heads that run at the same time should stay in L2 (60 MB on
 // an H200, in two halves that may both hold a line).
-constexpr int64_t kL2Budget = int64_t{32} << 20;
+constexpr int64_t kL2Budget = int64_t{16} << 20;
 
 // What a tile costs besides its query blocks, in query blocks: K and V, the first scores, dK and
 // dV.
@@ -145,9 +145,19 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
 
   BwdParams params{};
   auto map = [&](const Rows& r, int64_t cols, bool of_queries) {
-    return of_queries
-               ? row_window_map(r, p.dtype, cols, rows_q(p), p.num_heads_q, batch_q(p), c.block_m)
-               : row_window_map(r, p.dtype, cols, rows_k(p), p.num_heads_kv, batch_k(p), c.block_n);
+    int64_t const rows = of_queries ? rows_q(p) : rows_k(p);
+    int64_t const heads = of_queries ? p.num_heads_q : p.num_heads_kv;
+    int64_t const batch = of_queries ? batch_q(p) : batch_k(p);
+    int const box = of_queries ? c.block_m : c.block_n;
+    TensorMaps maps{};
+    maps.cut = of_queries ? p.cu_seqlens_q || p.seqlens_q : p.cu_seqlens_k || p.seqlens_k;
+    if (maps.cut) {
+      maps.boxes = row_window_map(r, p.dtype, cols, rows, heads, batch, box);
+      maps.rows = tensor_map(r, p.dtype, cols, rows, heads, batch, 1);
+    } else {
+      maps.boxes = tensor_map(r, p.dtype, cols, rows, heads, batch, box);
+    }
+    return maps;
   };
   if (p.batch * rows_k(p) > 0) {  // else nothing is ever fetched
     params.k = map(p.k, p.head_dim, false);

@@ -13,11 +13,11 @@
 // memory. dQ does (dq.cuh). The tile loop is persistent: rings keep stage and parity across tiles,
 // so the producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
 #pragma once
+#include "sm90/bwd/load.cuh"
 #include "sm90/bwd/steps_by_columns.cuh"
 #include "sm90/bwd/steps_by_gradient.cuh"
 #include "sm90/bwd/steps_by_keys.cuh"
 #include "sm90/bwd/store.cuh"
-#include "sm90/ptx/tma.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -31,10 +31,10 @@ struct Kernel {
   FC_DEVICE static void produce(const BwdParams& p, Shared& sh) {
     release_registers<T::kProducerRegs>();
     if (threadIdx.x / 32 != 0 || !elect_one()) return;
-    prefetch_tensor_map(p.q);
-    prefetch_tensor_map(p.k);
-    prefetch_tensor_map(p.v);
-    prefetch_tensor_map(p.dout);
+    prefetch_tensor_map(p.q.boxes);
+    prefetch_tensor_map(p.k.boxes);
+    prefetch_tensor_map(p.v.boxes);
+    prefetch_tensor_map(p.dout.boxes);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
@@ -66,25 +66,26 @@ struct Kernel {
     const Work& work = sh.work;
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
     int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
-    RowWindow const keys =
-        row_window(T::kBlockN, work.k_begin + work.key, work.seqlen_k - work.key);
-    load<T::kBlockN, T::kPanels>(sh.k, p.k, sh.k_ready, keys, work.kv_head, batch_k, once);
+    int const key = work.k_begin + work.key, keys = work.seqlen_k - work.key;
+    load<T::kBlockN, T::kPanels>(sh.k, p.k, sh.k_ready, key, keys, work.kv_head, batch_k, once);
     bool fresh = true;
     for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
       int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
       for (int m = work.first; m < work.last; ++m, stats += T::kBlockM) {
-        int const s = ring.stage, row = m * T::kBlockM;
-        RowWindow const rows = row_window(T::kBlockM, work.q_begin + row, work.seqlen_q - row);
+        int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
+        int const rows = work.seqlen_q - m * T::kBlockM;
         sh.free[s].wait(ring.parity);
-        load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], rows, head, batch_q,
+        load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
                                      shared_by_tiles, sh.minus_lse[s], p.minus_lse + stats);
         if (fresh) {
           sh.v_free.wait(parity);
-          load<T::kBlockN, T::kPanelsV>(sh.v, p.v, sh.v_ready, keys, work.kv_head, batch_k, once);
+          load<T::kBlockN, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k,
+                                        once);
           fresh = false;
         }
-        load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], rows, head, batch_q,
-                                      shared_by_tiles, sh.minus_delta[s], p.minus_delta + stats);
+        load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head,
+                                      batch_q, shared_by_tiles, sh.minus_delta[s],
+                                      p.minus_delta + stats);
         ring.advance();
       }
     }
@@ -94,14 +95,14 @@ struct Kernel {
   // end of the sequence become zeros, whatever is there: what they are multiplied with is zero, and
   // 0 * NaN is not. Columns past the end do, too.
   template <int kRows, int kPanels>
-  FC_DEVICE static void load(char* smem, const CUtensorMap& map, Barrier& ready, RowWindow rows,
+  FC_DEVICE static void load(char* smem, const TensorMaps& maps, Barrier& ready, int row, int valid,
                              int head, int batch, uint64_t policy, float* stats = nullptr,
                              const float* global_stats = nullptr) {
     ready.arrive_expect(kRows * kPanels * kPanelBytes + (stats ? kRows * 4 : 0));
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
-      tma_load(smem + panel * kRows * kPanelBytes, map, ready, panel * kPanelCols, rows.skipped,
-               rows.end, head, batch, policy);
+      load_rows(smem + panel * kRows * kPanelBytes, maps, ready, kRows, panel * kPanelCols, row,
+                valid, head, batch, policy);
     if (stats) bulk_load(stats, global_stats, kRows * 4, ready);
   }
 

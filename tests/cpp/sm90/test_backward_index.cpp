@@ -55,14 +55,14 @@ TEST("a window of rows holds the sequence's rows, from its first on, and zeros b
     for (int row : {0, 1, 63, 1000})
       for (int valid : {1, 2, 63, 64, 65, 128, 500}) {
         RowWindow const w = row_window(box, row, valid);
-        CHECK(w.skipped >= 0 && w.end >= 0);
+        CHECK(w.skipped >= 0);
+        CHECK_EQ(w.begin < 0, row + valid < box && row < box - valid);  // fetched row by row
         for (int r = 0; r < box; ++r) {
           bool const inside = w.skipped + r < box;  // the second dimension's extent
           CHECK_EQ(inside, r < valid);
-          // Both dimensions have the stride of a row; the tensor begins `box` rows early.
-          if (inside) CHECK_EQ(w.skipped + r + w.end - box, row + r);
+          if (inside) CHECK_EQ(w.skipped + r + w.begin, row + r);  // both have a row's stride
         }
-        CHECK(w.end <= row + valid);  // so row + 1 rows are enough for the third dimension
+        CHECK(w.begin <= row);  // so there are enough rows in the third dimension
       }
 }
 

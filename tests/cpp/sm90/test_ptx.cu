@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cuda/device.h"
+#include "sm90/bwd/load.cuh"
 #include "sm90/layout.h"
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/tma.cuh"
@@ -108,19 +109,19 @@ void box_lands_swizzled(int rows, int cols, int box_rows, int row, int col) {
     }
 }
 
-__global__ void dump_row_window(const __grid_constant__ CUtensorMap map, RowWindow rows, int head,
-                                int batch, int bytes, char* raw) {
+__global__ void dump_rows(const __grid_constant__ bwd::TensorMaps maps, int box, int row, int valid,
+                          int head, int batch, char* raw) {
   extern __shared__ __align__(1024) char smem[];
   __shared__ Barrier ready;
   if (threadIdx.x == 0) {
     ready.init(1);
     fence_barrier_init();
-    ready.arrive_expect(bytes);
-    tma_load(smem, map, ready, 0, rows.skipped, rows.end, head, batch, policy_evict_first());
+    ready.arrive_expect(box * kPanelBytes);
+    bwd::load_rows(smem, maps, ready, box, 0, row, valid, head, batch, policy_evict_first());
   }
   __syncthreads();
   ready.wait(0);
-  for (int i = threadIdx.x; i < bytes; i += blockDim.x) raw[i] = smem[i];
+  for (int i = threadIdx.x; i < box * kPanelBytes; i += blockDim.x) raw[i] = smem[i];
 }
 
 // Of a (2, rows, 3, 40) tensor, head 1 of batch 1, rows from `row` on of which `valid` are wanted.
@@ -138,9 +139,10 @@ void window_ends_where_it_is_told(int rows, int box_rows, int row, int valid) {
               "copy in");
   int const bytes = box_rows * kPanelBytes;
   DeviceArray<char> out(bytes);
-  dump_row_window<<<1, 128, bytes>>>(
-      row_window_map(tensor, DType::bf16, kCols, rows, kHeads, 2, box_rows),
-      row_window(box_rows, row, valid), kHead, kBatch, bytes, out.data);
+  dump_rows<<<1, 128, bytes>>>(
+      {true, row_window_map(tensor, DType::bf16, kCols, rows, kHeads, 2, box_rows),
+       tensor_map(tensor, DType::bf16, kCols, rows, kHeads, 2, 1)},
+      box_rows, row, valid, kHead, kBatch, out.data);
   finish();
   auto const raw = out.host();
   for (int r = 0; r < box_rows; ++r)
