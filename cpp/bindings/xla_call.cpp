@@ -114,6 +114,8 @@ const Call::NumberName Call::kNumbers[] = {
      [](Call& c, int64_t n) { c.block_mask.block_k = static_cast<int32_t>(n); }},
     {"block_q", nullptr,
      [](Call& c, int64_t n) { c.block_mask.block_q = static_cast<int32_t>(n); }},
+    {"block_seqlen_k", nullptr, [](Call& c, int64_t n) { c.block_mask.seqlen_k = n; }},
+    {"block_seqlen_q", nullptr, [](Call& c, int64_t n) { c.block_mask.seqlen_q = n; }},
     {"causal", nullptr, integer<&Args::causal>},
     {"deterministic", nullptr, integer<&Args::deterministic>},
     {"dropout_p", number<&Args::dropout_p>, nullptr},

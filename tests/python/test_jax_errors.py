@@ -91,6 +91,11 @@ BAD = {
         fc.ArgumentError,
         "rng must be one key",
     ),
+    "a block mask for other lengths": (
+        {"block_mask": fc.BlockMask.from_dense(np.ones((3, 4), bool), block=(4, 4))},
+        fc.ArgumentError,
+        "block_mask is for seqlen_q 3",
+    ),
     "a block mask of another kind": (
         {"block_mask": jnp.ones((4, 4), bool)},
         fc.ArgumentTypeError,

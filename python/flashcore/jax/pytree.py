@@ -12,7 +12,11 @@ LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
 
 
 def _flatten(mask: BlockMask) -> tuple[tuple[Any, ...], Any]:
-    return tuple(getattr(mask, name) for name in LISTS), (mask.block, mask.shape)
+    return tuple(getattr(mask, name) for name in LISTS), (
+        mask.block,
+        mask.shape,
+        mask.lengths,
+    )
 
 
 def _unflatten(sizes: Any, lists: Any) -> BlockMask:
@@ -20,7 +24,7 @@ def _unflatten(sizes: Any, lists: Any) -> BlockMask:
     mask = object.__new__(BlockMask)
     for name, x in zip(LISTS, lists):
         setattr(mask, name, x)
-    mask.block, mask.shape = sizes
+    mask.block, mask.shape, mask.lengths = sizes
     return mask
 
 
