@@ -167,8 +167,10 @@ void read_block_mask(const flashcore_block_mask& m, Problem& p) {
   if (m.seqlen_q < 0 || m.seqlen_k < 0)
     fail("block_mask: seqlen_q and seqlen_k must not be negative, got ", m.seqlen_q, ", ",
          m.seqlen_k);
-  bool const exact = !p.cu_seqlens_q && (m.seqlen_q > 0 || m.seqlen_k > 0);
-  if (exact && (m.seqlen_q != p.seqlen_q || m.seqlen_k != p.seqlen_k))
+  auto const other = [&](int64_t made_for, int64_t seqlen) {
+    return made_for > 0 && made_for != seqlen && !p.cu_seqlens_q;
+  };
+  if (other(m.seqlen_q, p.seqlen_q) || other(m.seqlen_k, p.seqlen_k))
     fail("block_mask is for seqlen_q ", m.seqlen_q, " and seqlen_k ", m.seqlen_k, ", the call has ",
          p.seqlen_q, " and ", p.seqlen_k, ": make one for these lengths");
   int64_t const q_blocks = ceil_div<int64_t>(p.seqlen_q, m.block_q);

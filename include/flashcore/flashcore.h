@@ -58,7 +58,7 @@ typedef enum flashcore_align { FLASHCORE_BOTTOM_RIGHT = 0, FLASHCORE_TOP_LEFT = 
  *   q_indices      (B, H, kv_blocks, capacity)
  * q_blocks = ceil(seqlen_q / block_q), kv_blocks = ceil(seqlen_k / block_k). Entries past the
  * count are ignored. seqlen_q, seqlen_k: the lengths it was made for, which a call that is not
- * packed must have; 0 = any with as many blocks. */
+ * packed must have; 0 = any with as many blocks, each for itself. */
 typedef struct flashcore_block_mask {
   uint32_t struct_size;
   int32_t block_q;

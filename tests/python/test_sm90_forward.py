@@ -263,6 +263,19 @@ def test_one_key_far_above_the_others(d, large, dtype):
     check(case, arrays=with_scores(case, scores), scale=1.0, num_splits=3)
 
 
+@pytest.mark.parametrize("d", [96, 128])
+@pytest.mark.parametrize("score,value", [(82.5, 1e3), (60, 1e13), (40, 1e20)])
+def test_large_values_of_a_key_far_above_the_others(d, score, value):
+    """P and the sum stay within float's range, P times V does not."""
+    case = Case("large values", dtype="bf16", b=1, q=64, k=256, h=(1, 1), d=d)
+    arrays = case.arrays()
+    arrays["q"][...] = arrays["k"][...] = 0
+    arrays["q"][..., 0] = 1
+    arrays["k"][:, 77, :, 0] = score
+    arrays["v"][:, 77] = value
+    check(case, arrays=arrays, scale=1.0)
+
+
 # ---- which keys, which bits ---------------------------------------------------------------------
 
 

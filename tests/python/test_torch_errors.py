@@ -113,3 +113,9 @@ def test_numbers_of_numpy_are_numbers():
     x = X.clone().requires_grad_()
     got = ft.attention(x, X, X, scale=float(np.float32(0.5)), dropout_p=0.0, rng=None)
     assert torch.equal(got, ft.attention(x, X, X, scale=0.5))
+
+
+def test_a_block_mask_for_other_lengths():
+    mask = fc.BlockMask.from_dense(np.ones((3, 4), bool), block=(4, 4)).map(torch.from_numpy)
+    with pytest.raises(fc.ArgumentError, match="block_mask is for seqlen_q 3"):
+        ft.attention(X, X, X, block_mask=mask)

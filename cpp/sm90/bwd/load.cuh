@@ -20,7 +20,7 @@ FC_DEVICE void load_rows(char* smem, const TensorMaps& maps, Barrier& ready, int
     return;
   }
   constexpr int kOutside = INT32_MAX;
-#pragma unroll 1  // rare, and the producer has few registers
+#pragma unroll 1  // the producer has few registers
   for (int r = 0; r < box; ++r)
     tma_load(smem + r * kPanelBytes, maps.rows, ready, col, r < valid ? row + r : kOutside, head,
              batch, policy);

@@ -1,10 +1,10 @@
 // FlashAttention forward, Hopper (sm_90a).
 //
-//     O = softmax(scale * Q K^T, visible keys) V,   LSE = log sum exp        one tile = 64 rows of
-//     Q
-//                                                                            per consumer warpgroup
-// Roles (128 * (1 + kConsumers) threads, one block per SM)
-//     warpgroup 0     producer   one thread tells the copy engine to fetch Q, K[j], V[j]
+//     O = softmax(scale * Q K^T, visible keys) V,   LSE = log sum exp
+//
+// One tile is 64 query rows per consumer warpgroup of a team.
+// Roles (128 * (1 + kTeams * kConsumers) threads, one block per SM)
+//     warpgroup 0     producers  one thread of warp t tells the copy engine what team t needs
 //     warpgroup 1..n  consumers  S = Q K^T -> online softmax -> O += P V, 64 rows each
 //
 // Key blocks run from last to first, so that the blocks a mask cuts come first and the row maximum
@@ -157,10 +157,8 @@ struct Kernel {
       bool const valid[2] = {row < work.seqlen_q, row + 8 < work.seqlen_q};
       softmax.finish(rO, p.scale, T::kTerms ? p.dropout_scale : 1.0f, valid,
                      p.sinks && work.split == 0 ? p.sinks + work.head : nullptr);
-      if (T::kMask != Mask::none || p.ragged())
+      if (OnlineSoftmax::kSumTells || T::kMask != Mask::none || p.ragged())
         probe += finite_probe(rO);
-      else if (softmax.overflown())
-        probe = NAN;
       store_o<T>(p, sh, work, rO, warp_row);
       if (lane % 4 == 0) store_lse(p, work, softmax, row);
     }

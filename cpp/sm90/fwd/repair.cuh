@@ -96,6 +96,7 @@ struct Repair {
       float const prob = exp2_approx(s * p.scale_log2 - reference);
       row_max = row_max_new;
       row_sum = row_sum * alpha + prob;
+      if (row_sum != row_sum) break;  // a NaN that the row sees: it stays NaN, whatever follows
       float const kept = dropped(p, work, i, static_cast<int>(j)) ? 0.0f : 1.0f;
 #pragma unroll
       for (int c = 0; c < T::kHeadDimV / 32; ++c)

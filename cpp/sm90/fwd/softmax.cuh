@@ -20,11 +20,7 @@ template <class Element, int kBlockN>
 struct OnlineSoftmax {
   static constexpr int kRows = 2;
   // With short blocks the search costs no more than asking the sums.
-  static constexpr bool kSumTells = std::is_same_v<Element, __nv_bfloat16> && kBlockN >= 128
-#ifdef NO_SUM
-                                    && false
-#endif
-      ;
+  static constexpr bool kSumTells = std::is_same_v<Element, __nv_bfloat16> && kBlockN >= 128;
   static constexpr float kLargest = 0x1p40f;
   static constexpr float kTooLarge = 0x1p120f;  // its reciprocal is still a normal number
 
@@ -46,11 +42,6 @@ struct OnlineSoftmax {
       if (!__any_sync(0xffffffffu, unproven || lost || after < 0.0f)) return false;
     return __any_sync(0xffffffffu,
                       lost || thread_max(s, r) > row_max[r] + headroom || after < 0.0f);
-  }
-
-  // After finish(): whether a row's terms may have left float's range.
-  FC_DEVICE bool overflown() const {
-    return kSumTells && !(row_sum[0] < kTooLarge && row_sum[1] < kTooLarge);
   }
 
   template <int N>
@@ -77,8 +68,11 @@ struct OnlineSoftmax {
         row_max_new = fmaxf(row_max_new, row_max[r] + __log2f(sum) * rcp_approx(scale_log2));
     }
     reference[r] = row_max_new == -INFINITY ? 0.0f : row_max_new * scale_log2;
-    float const alpha =
-        sum >= kTooLarge ? NAN : exp2_approx(row_max[r] * scale_log2 - reference[r]);
+    // Exactly 1 where the maximum stays: over thousands of blocks a rounding would add up.
+    float const alpha = sum >= kTooLarge ? NAN
+                        : row_max_new == row_max[r]
+                            ? 1.0f
+                            : exp2_approx(row_max[r] * scale_log2 - reference[r]);
     row_max[r] = row_max_new;
     row_sum[r] *= alpha;
     // A thread that holds only small terms is not lost: nothing to a sum that is at least 1.
