@@ -162,8 +162,8 @@ TENSORS = {
     "max_seqlen without cu_seqlens": ({"max_seqlen_q": 3}, "max_seqlen_q", "cu_seqlens_q"),
     "a block mask of another shape": (
         {"block_mask": fc.BlockMask.from_dense(np.ones((64, 64), bool), block=(16, 16))},
-        "block_mask.kv_num_blocks must have shape",
-        "other lengths, heads or batch",
+        "block_mask is for seqlen_q 64 and seqlen_k 64",
+        "make one for these lengths",
     ),
     "a block mask of other heads": (
         {"block_mask": fc.BlockMask.from_dense(np.ones((1, 3, SQ, SK), bool), block=(16, 16))},
