@@ -159,7 +159,7 @@ def _block_mask(call: str, x: Any) -> tuple[Static, dict[str, Any]]:
             "flashcore.BlockMask.from_dense makes one of a boolean array"
         )
     lists = {name: array(call, f"block_mask.{name}", getattr(x, name)) for name in LISTS}
-    sizes = {"block_q": x.block[0], "block_k": x.block[1]}
+    sizes: Static = {"block_q": x.block[0], "block_k": x.block[1]}
     if x.lengths is not None:
         sizes |= {"block_seqlen_q": x.lengths[0], "block_seqlen_k": x.lengths[1]}
     return sizes, lists
