@@ -51,9 +51,9 @@ FC_HD constexpr uint32_t transposed_patch_offset(int warp, int lane, int patch) 
 // of which is row skipped + begin, and runs out of the second dimension where they end.
 //
 // begin is negative where a sequence that is shorter than a box lies among the first rows of the
-// tensor, or of its batch entry. A map that begins before the tensor would do, if that memory were there: the engine
-// faults on the address of a map, even where no box reaches it. So such rows are fetched one by
-// one.
+// tensor, or of its batch entry. A map that begins before the tensor would do, if that memory were
+// there: the engine faults on the address of a map, even where no box reaches it. So such rows are
+// fetched one by one.
 struct RowWindow {
   int skipped, begin;
 };
