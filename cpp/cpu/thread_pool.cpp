@@ -5,7 +5,6 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
-#include <sys/syscall.h>
 #endif
 
 #include <algorithm>
@@ -44,24 +43,6 @@ bool spin_until(F ready) {
     for (int i = 0; i < 16; ++i) pause();
   }
   return true;
-}
-
-// Asks the scheduler to let this thread in soon when it wakes up, for short turns. Other libraries'
-// threads (OpenMP's) go on spinning for milliseconds after their work, and a helper that waits for
-// a core until theirs are over comes too late. Linux 6.12 and newer; elsewhere nothing happens.
-void ask_for_short_slices() {
-#if defined(__linux__) && defined(SYS_sched_setattr)
-  struct {  // the kernel's sched_attr, which not every system header has
-    uint32_t size, policy;
-    uint64_t flags;
-    int32_t nice;
-    uint32_t priority;
-    uint64_t runtime, deadline, period;
-  } attributes{};
-  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0) return;
-  attributes.runtime = 100'000;  // ns, the least there is
-  syscall(SYS_sched_setattr, 0, &attributes, 0);
-#endif
 }
 
 thread_local bool inside_task = false;
@@ -122,7 +103,6 @@ class Pool {
   }
 
   [[noreturn]] void help(int index) {
-    ask_for_short_slices();
     uint64_t seen = 0;
     for (;;) {
       auto const called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
