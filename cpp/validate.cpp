@@ -157,18 +157,37 @@ struct Named {
   const DLTensor* tensor;
 };
 void refuse_sharing(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
-  auto arg = [](const Named& n) { return read(n.name, n.tensor, n.tensor->ndim, ""); };
-  for (const Named& output : outputs) {
-    if (!output.tensor) continue;
-    Arg const a = arg(output);
+  struct Region {
+    Arg arg;
+    Span span;
+  };
+  Region regions[16];  // outputs, then inputs: each tensor is read once, not once per pair
+  int count = 0;
+  auto const add = [&](std::initializer_list<Named> list) {
+    for (const Named& n : list) {
+      if (!n.tensor) continue;
+      Arg const arg = read(n.name, n.tensor, n.tensor->ndim, "");
+      regions[count++] = {arg, span_of(arg)};
+    }
+    return count;
+  };
+  int const num_outputs = add(outputs);
+  add(inputs);
+  auto const share = [](const Region& a, const Region& b) {
+    bool const meet = a.span.first < b.span.last && b.span.first < a.span.last;
+    return meet && overlap(a.arg, b.arg);
+  };
+  for (int i = 0; i < num_outputs; ++i) {
+    const Arg& a = regions[i].arg;
     if (overlaps_itself(a))
       fail(a.name, " is an output whose rows overlap (", show(*a.tensor), ")");
-    for (const Named& input : inputs)
-      if (input.tensor && overlap(a, arg(input)))
-        fail(a.name, " shares memory with ", input.name, ": flashcore cannot run in place");
-    for (const Named& other : outputs)
-      if (&other != &output && other.tensor && overlap(a, arg(other)))
-        fail(a.name, " shares memory with ", other.name, ": every output needs its own");
+    for (int j = num_outputs; j < count; ++j)
+      if (share(regions[i], regions[j]))
+        fail(a.name, " shares memory with ", regions[j].arg.name,
+             ": flashcore cannot run in place");
+    for (int j = i + 1; j < num_outputs; ++j)
+      if (share(regions[i], regions[j]))
+        fail(a.name, " shares memory with ", regions[j].arg.name, ": every output needs its own");
   }
 }
 

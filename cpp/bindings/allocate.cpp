@@ -4,6 +4,7 @@
 #include <new>
 
 #include "bindings/gil.h"
+#include "bindings/names.h"
 #include "common/types.h"
 
 namespace flashcore::python {
@@ -11,11 +12,10 @@ namespace {
 
 // flashcore._allocate.<framework>_allocator(), made once per framework.
 struct Allocator {
-  PyObject* like = nullptr;
-  PyObject* make = nullptr;
+  nb::object like, make, empty, dtypes;
 };
 const Allocator& allocator(const Session& session) {
-  static Allocator made[4];
+  static const Allocator* made[4];  // never destroyed: Python may be gone by then
   static constexpr const char* kMakers[4] = {"torch_allocator", "numpy_allocator", "cupy_allocator",
                                              "jax_allocator"};
   Family const family = session.lead->family;
@@ -23,16 +23,16 @@ const Allocator& allocator(const Session& session) {
                    : family == Family::cupy ? 2
                    : family == Family::jax  ? 3
                                             : 1;
-  if (!made[i].make) {
-    nb::object const pair = survive_exit(
+  if (!made[i]) {
+    nb::object const found = survive_exit(
         [&] { return nb::object(nb::module_::import_("flashcore._allocate").attr(kMakers[i])()); });
-    made[i] = {nb::object(pair.attr("like")).release().ptr(),
-               nb::object(pair.attr("make")).release().ptr()};
+    made[i] = new Allocator{found.attr("like"), found.attr("make"), found.attr("empty"),
+                            found.attr("dtypes")};
   }
-  return made[i];
+  return *made[i];
 }
 
-nb::object shape_tuple(const Shape& shape) {
+nb::object integers(const Shape& shape) {
   nb::object tuple = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
   for (size_t d = 0; d < shape.size(); ++d)
     PyTuple_SetItem(tuple.ptr(), static_cast<Py_ssize_t>(d), PyLong_FromLongLong(shape[d]));
@@ -76,9 +76,34 @@ nb::object raw_stream(const Session& session) {
   return nb::int_(reinterpret_cast<uintptr_t>(session.stream));
 }
 
-// like: the array whose family, device and (for shape and dtype None) form the new one gets.
-nb::object new_array(const Session& session, const char* name, nb::handle like,
-                     const nb::object& shape, const nb::object& dtype, bool zero) {
+// A call of the framework, which may be Python code: the GIL may go between its steps.
+template <size_t N>
+nb::object call_framework(const nb::object& function, const nb::handle (&arguments)[N],
+                          nb::handle keywords = {}) {
+  PyObject* pointers[N];
+  for (size_t i = 0; i < N; ++i) pointers[i] = arguments[i].ptr();
+  size_t const positional = N - (keywords ? nb::len(keywords) : 0);
+  PyObject* const made = survive_exit(
+      [&] { return nb::detail::vectorcall(function.ptr(), pointers, positional, keywords.ptr()); });
+  if (!made) throw nb::python_error();
+  return nb::steal(made);
+}
+
+// empty(shape, strides, dtype=, device=), without Python in between.
+nb::object packed_empty(const Allocator& allocate, nb::handle like, const Shape& shape,
+                        const char* dtype) {
+  static PyObject* keywords = nullptr;  // no initialiser: see Call::read_inputs
+  if (!keywords) keywords = nb::make_tuple("dtype", "device").release().ptr();
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape[d] > 1 ? shape[d] : 1) strides[d] = stride;
+  nb::object const sizes = integers(shape), steps = integers(strides);
+  nb::object const type = allocate.dtypes[dtype];
+  nb::object const device = like.attr(interned<"device">());
+  return call_framework(allocate.empty, {sizes, steps, type, device}, keywords);
+}
+
+void require_allocator(const Session& session, const char* name) {
   bool const ours =
       session.lead->family == Family::dlpack || session.lead->family == Family::capsule;
   if (ours && session.device.device_type != kDLCPU)
@@ -86,21 +111,29 @@ nb::object new_array(const Session& session, const char* name, nb::handle like,
                        " cannot be allocated: ", type_text(session.like),
                        " has no allocator that flashcore knows on its device: pass torch or CuPy "
                        "arrays");
+}
+
+// An array like another one, of the framework that leads the call.
+nb::object new_array_like(const Session& session, const char* name, nb::handle like, bool zero) {
+  require_allocator(session, name);
   const Allocator& allocate = allocator(session);
-  PyObject* made = nullptr;  // by Python code, between whose steps the GIL may go
-  if (shape.is_none() && !zero && !session.stream_given) {
-    PyObject* const arguments[] = {like.ptr()};
-    made =
-        survive_exit([&] { return nb::detail::vectorcall(allocate.like, arguments, 1, nullptr); });
-  } else {
-    nb::bool_ const zeros(zero);
-    nb::object const stream = raw_stream(session);
-    PyObject* const arguments[] = {like.ptr(), shape.ptr(), dtype.ptr(), zeros.ptr(), stream.ptr()};
-    made =
-        survive_exit([&] { return nb::detail::vectorcall(allocate.make, arguments, 5, nullptr); });
-  }
-  if (!made) throw nb::python_error();
-  return nb::steal(made);
+  if (!zero && !session.stream_given) return call_framework(allocate.like, {like});
+  return call_framework(allocate.make,
+                        {like, nb::none(), nb::none(), nb::bool_(zero), raw_stream(session)});
+}
+
+// Any other.
+nb::object new_array(const Session& session, const char* name, const Shape& shape, DLDataType type,
+                     bool zero) {
+  if (session.lead->family == Family::exchange)
+    return exchange_empty(session, name, shape, type, zero);
+  require_allocator(session, name);
+  const Allocator& allocate = allocator(session);
+  std::string const dtype = dtype_name(type);
+  if (!zero && !session.stream_given && !allocate.empty.is_none())
+    return packed_empty(allocate, session.like, shape, dtype.c_str());
+  return call_framework(allocate.make, {session.like, integers(shape), nb::str(dtype.c_str()),
+                                        nb::bool_(zero), raw_stream(session)});
 }
 
 }  // namespace
@@ -112,10 +145,7 @@ void Output::use(nb::handle given, const char* name, const Session& session) {
 
 void Output::make(const char* name, const Session& session, const Shape& shape, DLDataType dtype,
                   bool zero) {
-  array = session.lead->family == Family::exchange
-              ? exchange_empty(session, name, shape, dtype, zero)
-              : new_array(session, name, session.like, shape_tuple(shape),
-                          nb::str(dtype_name(dtype).c_str()), zero);
+  array = new_array(session, name, shape, dtype, zero);
   made_ = true;
   tensor.import(array, name, session, Access::made);
 }
@@ -128,7 +158,7 @@ void Output::make_like(const char* name, const Session& session, nb::handle sour
   };
   if (array_type(source).family != session.lead->family || session.lead->family >= Family::exchange)
     return make_packed();
-  array = new_array(session, name, source, nb::none(), nb::none(), zero);
+  array = new_array_like(session, name, source, zero);
   made_ = true;
   tensor.import(array, name, session, Access::made);
   int const last = tensor->ndim - 1;
@@ -151,12 +181,8 @@ Workspace::Workspace(const Session& session, size_t bytes) {
     data_ = host_.get();
     return;
   }
-  Shape const shape{static_cast<int64_t>(bytes)};
-  DLDataType const byte{kDLUInt, 8, 1};
-  array_ = session.lead->family == Family::exchange
-               ? exchange_empty(session, "workspace", shape, byte, /*zero=*/false)
-               : new_array(session, "workspace", session.like, shape_tuple(shape), nb::str("uint8"),
-                           /*zero=*/false);
+  array_ = new_array(session, "workspace", {static_cast<int64_t>(bytes)}, {kDLUInt, 8, 1},
+                     /*zero=*/false);
   tensor_.import(array_, "workspace", session, Access::made);
   data_ = tensor_->data;
 }

@@ -114,15 +114,25 @@ bool grad_is_enabled() {
   return is_true(nb::handle(is_grad_enabled)());
 }
 
-void check_torch(const char* call, const char* name, nb::handle t) {
-  if (is_true(t.attr(interned<"requires_grad">())) && grad_is_enabled())
+// A method call without the bound method in between.
+bool is_negative_view(nb::handle t) {
+  PyObject* const arguments[] = {t.ptr()};
+  nb::object const negative =
+      nb::steal(nb::detail::vectorcall_method(interned<"is_neg">().ptr(), arguments, 1, nullptr));
+  if (!negative) throw nb::python_error();
+  return is_true(negative);
+}
+
+// grads: whether autograd is recording.
+void check_torch(const char* call, const char* name, nb::handle t, bool grads) {
+  if (grads && is_true(t.attr(interned<"requires_grad">())))
     refuse_unsupported("[", call, "] ", name,
                        " requires grad, which this function would drop: it is not differentiable. "
                        "Pass ",
                        name,
                        ".detach(), or use flashcore.torch.attention, which takes part in "
                        "autograd");
-  if (is_true(t.attr(interned<"is_neg">())()))
+  if (is_negative_view(t))
     refuse_unsupported("[", call, "] ", name,
                        " has the negative bit set, so its memory holds other values than it shows: "
                        "pass ",
@@ -235,6 +245,7 @@ void Tensor::import_lead(nb::handle object, const char* name, Session& session, 
   session.lead_type = nb::borrow(object.type());
   session.lead = &array_type(object);
   session.like = object;
+  session.grads = session.lead->family == Family::torch && grad_is_enabled();
   if (session.lead->family == Family::cupy && !session.stream_given)
     session.stream = cupy_current_stream(object);
   import(object, name, session, access);
@@ -264,7 +275,7 @@ void Tensor::import(nb::handle object, const char* name, const Session& session,
     case Family::exchange:
       if (info.family == Family::torch && access != Access::made) {
         if (object.is(session.like) || !same_producer) check_not_traced(session.call, name);
-        check_torch(session.call, name, object);
+        check_torch(session.call, name, object, same_producer ? session.grads : grad_is_enabled());
       }
       if (info.exchange) {
         view(where, *info.exchange);

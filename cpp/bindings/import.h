@@ -32,6 +32,7 @@ struct Session {
   nb::object lead_type;  // lead lives as long as it does
   nb::handle like;       // the leading array: outputs are made like it
   DLDevice device{kDLCPU, 0};
+  bool grads = false;         // torch leads and autograd records
   bool stream_given = false;  // by the caller's stream=
   void* stream = nullptr;     // a raw cudaStream_t
 

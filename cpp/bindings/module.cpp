@@ -57,6 +57,20 @@ void check_out_dtype(const Call& call, nb::handle out_dtype, const Output& out) 
                     " but out_dtype asks for ", dtype_name(want));
 }
 
+// Whether the kernel takes less time than giving the GIL away and taking it back. Calls on a device
+// are never brief: a launch may wait for room in the stream.
+bool brief(const Call& call) {
+  if (call.session.cuda()) return false;
+  auto elements = [](const DLTensor& t) {
+    int64_t n = 1;
+    for (int d = 0; d < t.ndim; ++d) n *= t.shape[d];
+    return n;
+  };
+  constexpr int64_t kLargest = 1 << 12;  // a few microseconds at most
+  int64_t const q = elements(*call.q), k = elements(*call.k);
+  return q <= kLargest && k <= kLargest && q * k <= kLargest;
+}
+
 nb::object attention(nb::handle q, nb::handle k, nb::handle v, const nb::dict& options,
                      nb::handle out_array, nb::handle out_dtype, nb::handle return_lse,
                      nb::handle return_max_logits, nb::handle stream) {
@@ -85,10 +99,11 @@ nb::object attention(nb::handle q, nb::handle k, nb::handle v, const nb::dict& o
   call.args.lse = lse.tensor.get();
   call.args.max_logits = max_logits.tensor.get();
   Workspace const workspace(call.session, plan.workspace_bytes);
-  check(without_gil([&] {
+  auto const compute = [&] {
     return flashcore_attention_forward(&call.args, workspace.data(), plan.workspace_bytes,
                                        call.session.stream);
-  }));
+  };
+  check(brief(call) ? compute() : without_gil(compute));
   nb::object result = out.take(call.session);
   if (!want_lse && !want_max) return result;
   return nb::make_tuple(result, lse.take(call.session), max_logits.take(call.session));

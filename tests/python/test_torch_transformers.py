@@ -251,34 +251,41 @@ def test_sdpa_of_transformers_follows_register_sdpa(name, side):
     torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["GPT2", "Llama"])
-def test_training_on_a_gpu_ends_at_the_same_loss(name):
-    """50 steps under autocast to bfloat16, in the head dim that GPU kernels have."""
-    q = torch.zeros(1, LENGTH, 2, 64, device="cuda", dtype=torch.bfloat16)
-    if ft.explain(q, q, q, causal=True, direction="backward").kernel is None:
-        pytest.skip("no kernel of this GPU runs backward")
+def bfloat16_loss(name, implementation, device):
+    """The loss after 50 steps under autocast, in the head dim that GPU kernels have."""
     cls, settings = MODELS[name]
     settings = settings | {"hidden_size": 128, "num_attention_heads": 2}
-    settings["initializer_range"] = 0.02  # larger, and bfloat16 alone takes two runs apart
-    settings |= {"head_dim": 64} if name == "Llama" else {}
-    losses = {}
-    for implementation in ("eager", "fcore"):
-        config = getattr(transformers, name + "Config")(**settings)
-        torch.manual_seed(0)
-        model = getattr(transformers, cls)._from_config(config, attn_implementation=implementation)
-        model.cuda()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for step in range(50):
-            ids = tokens(step % 4).cuda()
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        losses[implementation] = loss.item()
-    assert losses["fcore"] < 2, "it learns"
-    assert losses["fcore"] == pytest.approx(losses["eager"], abs=1e-2)
+    # Other sizes, and rounding alone takes two runs apart: Gemma's norms enlarge what is small.
+    settings["initializer_range"] = 0.1 if name.startswith("Gemma") else 0.02
+    if "head_dim" in settings:
+        settings["head_dim"] = 64
+    config = getattr(transformers, name + "Config")(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)._from_config(config, attn_implementation=implementation)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(50):
+        ids = tokens(step % 4).to(device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["GPT2", "Bert", "Llama", "Gemma2", "Gemma3Text"])
+def test_bfloat16_training_ends_at_the_same_loss(name, device):
+    q = torch.zeros(1, LENGTH, 2, 64, device=device, dtype=torch.bfloat16)
+    options = {"softcap": 2.0} if name == "Gemma2" else {}
+    plan = ft.explain(q, q, q, causal=name != "Bert", direction="backward", **options)
+    if plan.kernel is None:
+        pytest.skip(f"no kernel runs backward: {plan.refusals}")
+    eager, fcore = (bfloat16_loss(name, x, device) for x in ("eager", "fcore"))
+    print(f"{name}, {device}, 50 steps: loss {fcore:.4f} with fcore, {eager:.4f} with eager")
+    assert fcore < 3, "it learns"
+    assert fcore == pytest.approx(eager, abs=1e-2)
 
 
 def test_compiled_model():

@@ -74,25 +74,20 @@ def attention(
     given: dict[str, Any] = options  # type: ignore[assignment]
     if _autocasts():
         q, k, v = _autocast(given, q, k, v)
-    bias = sinks = None
-    inputs = [q, k, v]
-    if given:
-        _check(given)
-        if given.get("dropout_p") and given.get("rng") is None:
-            given["rng"] = torch.randint(_INT64.min, _INT64.max, (2,), device=q.device)
-        bias, sinks = given.pop("bias", None), given.pop("sinks", None)
-        inputs += [x for x in (bias, sinks) if x is not None]
     if out_dtype is not None:
         out_dtype = _dtype(out_dtype)
+    learned: tuple[Any, ...] = ()  # bias and sinks, if there is one
+    if given:
+        _check(given)
+        if "dropout_p" in given and given["dropout_p"] and given.get("rng") is None:
+            given["rng"] = torch.randint(_INT64.min, _INT64.max, (2,), device=q.device)
+        learned = given.get("bias"), given.get("sinks")
 
-    call: Any = operators.attention
-    if autograd.recorded(inputs):
-        _check_tensors(q=q, k=k, v=v, bias=bias, sinks=sinks)
-    elif autograd.transformed() or autograd.require_grad(inputs):
-        call = autograd.attention
-    else:
-        if bias is not None or sinks is not None:
-            given.update(bias=bias, sinks=sinks)
+    call: Any = autograd.attention
+    if autograd.recorded(q, k, v, *learned):
+        _check_tensors(q=q, k=k, v=v, **dict(zip(("bias", "sinks"), learned)))
+        call = operators.attention
+    elif not (autograd.require_grad(q, k, v, *learned) or autograd.transformed()):
         return fc.attention(
             q,
             k,
@@ -102,9 +97,14 @@ def attention(
             return_max_logits=return_max_logits,
             **given,
         )
-    out, lse, max_logits = call(q, k, v, bias, sinks, given, return_max_logits, out_dtype)
-    if not return_lse and not return_max_logits:
-        return out
+    bias = sinks = None
+    if learned:
+        bias, sinks = given.pop("bias", None), given.pop("sinks", None)
+    only_out = not (return_lse or return_max_logits)
+    result = call(q, k, v, bias, sinks, given, return_max_logits, out_dtype, only_out)
+    if only_out:
+        return result
+    out, lse, max_logits = result
     return fc.Result(out, lse if return_lse else None, max_logits if return_max_logits else None)
 
 
@@ -141,16 +141,15 @@ def _autocast(options: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
 def _check(options: dict[str, Any]) -> None:
     """What the core cannot see or would say in other words."""
     for name in ("out", "stream"):
-        if options.pop(name, None) is not None:
+        if name in options and options.pop(name) is not None:
             raise fc.UnsupportedError(
                 f"[attention] {name}= is not an option of flashcore.torch.attention, whose result "
                 "is a new tensor on the current stream: use torch.cuda.stream, or "
                 "flashcore.attention under torch.no_grad()"
             )
     for name, x in options.items():
-        if name in ("bias", "sinks") or not isinstance(x, Tensor):
-            continue
-        if x.requires_grad and torch.is_grad_enabled():
+        learned = isinstance(x, Tensor) and x.requires_grad and name not in ("bias", "sinks")
+        if learned and torch.is_grad_enabled():
             raise fc.UnsupportedError(
                 f"[attention] {name} requires grad, but only q, k, v, bias and sinks have one: "
                 f"pass {name}.detach(), or a learned bias="

@@ -1,12 +1,14 @@
-"""Forward and backward as two autograd functions, for eager mode and functorch.
+"""Forward and backward as autograd functions, for eager mode and functorch.
 
 Options are one dict, as the compiled core takes them. bias and sinks are apart from it because they
 have gradients. What torch records instead of runs is in operators.py; both share the formulas here.
+
+Forward is there twice. Eager mode pays for every step of Python and every output of a function, so
+`Attention` is made of as few as there can be; functorch needs them apart, `TransformedAttention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,23 +26,28 @@ transformed = torch._C._are_functorch_transforms_active  # by grad, vjp, vmap, .
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def recorded(tensors: Sequence[Tensor]) -> bool:
+_compiles = torch.compiler.is_compiling
+_grad_is_enabled = torch.is_grad_enabled
+
+
+def recorded(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
     """Whether torch sees operators only: it compiles or exports, a dispatch mode listens, or a
     tensor is of a class of its own (fake, functional, distributed)."""
-    return (
-        torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
+    for x in others:
+        if x is not None and type(x) not in _PLAIN:
+            return True
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
+    return not plain or _compiles() or _dispatch_modes() > 0
 
 
-def require_grad(tensors: Sequence[Tensor]) -> bool:
+def require_grad(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
     """Whether autograd records what is done with them."""
-    if torch.is_grad_enabled():
-        for x in tensors:  # noqa: SIM110 (any() takes three times as long)
-            if x.requires_grad:
-                return True
-    return False
+    if not _grad_is_enabled():
+        return False
+    for x in others:  # noqa: SIM110 (any() takes three times as long)
+        if x is not None and x.requires_grad:
+            return True
+    return q.requires_grad or k.requires_grad or v.requires_grad
 
 
 def forward(
@@ -90,7 +97,65 @@ def _copyable(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
 
 
+def _save(ctx: Any, options: dict[str, Any], *tensors: Tensor | None) -> None:
+    """What backward needs, as tensors wherever it is one: hooks see those, and writing to one
+    before backward is noticed."""
+    if options:
+        arrays = {name: x for name, x in options.items() if isinstance(x, Tensor)}
+        if arrays:
+            options = {name: x for name, x in options.items() if name not in arrays}
+            tensors += tuple(arrays.values())
+        ctx.options = options, arrays.keys()
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients_of_saved(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Grads:
+    q, k, v, bias, sinks, out, lse, *arrays = ctx.saved_tensors
+    options, names = getattr(ctx, "options", ({}, ()))
+    if arrays:
+        options = {**options, **dict(zip(names, arrays))}
+    if dout is None:
+        dout = torch.zeros_like(out)
+    return gradients(dout, q, k, v, bias, sinks, out, lse, dlse, options)
+
+
 class Attention(Function):
+    """(call, q, k, v) or (call, q, k, v, bias, sinks) -> out, or (out, lse, max_logits)
+
+    call is (options, return_max_logits, out_dtype, only_out): torch looks at every argument of a
+    function three times, so what is no tensor is one of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: tuple[dict[str, Any], bool, torch.dtype | None, bool],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Any:
+        options, return_max_logits, out_dtype, only_out = call
+        result = forward(q, k, v, bias, sinks, options, return_max_logits, out_dtype)
+        out, lse, max_logits = result
+        _save(ctx, options, q, k, v, bias, sinks, out, lse)
+        if only_out:
+            return out
+        ctx.set_materialize_grads(False)
+        if max_logits is not None:
+            ctx.mark_non_differentiable(max_logits)
+        return result
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, _: None = None
+    ) -> tuple[Any, ...]:
+        grads = _gradients_of_saved(ctx, dout, dlse)
+        return (None, *grads)[: len(ctx.needs_input_grad)]
+
+
+class TransformedAttention(Function):
     """(q, k, v, bias, sinks, options, return_max_logits, out_dtype) -> (out, lse, max_logits)"""
 
     forward = staticmethod(forward)
@@ -98,27 +163,15 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        q, k, v, bias, sinks, options, *_ = inputs
         out, lse, max_logits = output
-        tensors: dict[str, Tensor] = {}
-        if options:
-            # Saved as tensors: hooks see them, and writing to one before backward is noticed.
-            tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
-            options = {name: x for name, x in options.items() if name not in tensors}
-        ctx.names, ctx.options = tuple(tensors), options
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *tensors.values())
+        _save(ctx, inputs[5], *inputs[:5], out, lse)
         ctx.set_materialize_grads(False)
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        q, k, v, bias, sinks, out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        options = {**ctx.options, **dict(zip(ctx.names, tensors))}
-        grads = gradients(dout, q, k, v, bias, sinks, out, lse, dlse, options)
-        return (*grads, None, None, None)
+        return (*_gradients_of_saved(ctx, dout, dlse), None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -147,20 +200,37 @@ class AttentionBackward(Function):
         )
 
 
-# Function.apply asks inspect for the signature first, which costs more than the call; functorch
-# needs it, plain autograd does not.
+# Function.apply unwraps what functorch may have left behind, which costs as much as the rest of it.
 _apply: Any = super(Function, Attention).apply
 
 
-def attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`Attention` where it is recorded by autograd or transformed by functorch."""
-    apply = Attention.apply if transformed() else _apply
-    return apply(*args)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    options: dict[str, Any],
+    return_max_logits: bool,
+    out_dtype: torch.dtype | None,
+    only_out: bool = False,
+) -> Any:
+    """(out, lse, max_logits) where a gradient is to be recorded or transformed; out if it alone is
+    asked for."""
+    if transformed():
+        result = TransformedAttention.apply(
+            q, k, v, bias, sinks, options, return_max_logits, out_dtype
+        )
+        return result[0] if only_out else result
+    call = options, return_max_logits, out_dtype, only_out
+    if bias is None and sinks is None:
+        return _apply(call, q, k, v)
+    return _apply(call, q, k, v, bias, sinks)
 
 
 def gradients(dout: Tensor, *args: Any) -> Grads:
     """`backward` by whichever way the call is made: recorded, transformed or run."""
-    if recorded((dout, *args[:3])):
+    if recorded(*args[:3], dout):
         from flashcore.torch import operators
 
         return operators.attention_backward(dout, *args)

@@ -177,11 +177,12 @@ def _attention_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, bias, sinks, _, _, *values = inputs
-    autograd.Attention.setup_context(ctx, (q, k, v, bias, sinks, gathered(tuple(values))), output)
+    options = gathered(tuple(values))
+    autograd.TransformedAttention.setup_context(ctx, (q, k, v, bias, sinks, options), output)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    return (*autograd.Attention.backward(ctx, *grads)[:7], *(None for _ in _FIELDS))
+    return (*autograd.TransformedAttention.backward(ctx, *grads)[:7], *(None for _ in _FIELDS))
 
 
 # ---- registration --------------------------------------------------------------------------------
@@ -223,10 +224,12 @@ def attention(
     options: dict[str, Any],
     return_max_logits: bool,
     out_dtype: torch.dtype | None,
+    only_out: bool,
 ) -> Any:
-    return torch.ops.flashcore.attention(
+    result = torch.ops.flashcore.attention(
         q, k, v, bias, sinks, return_max_logits, out_dtype, *spread(options)
     )
+    return result[0] if only_out else result
 
 
 def attention_backward(*args: Any) -> autograd.Grads:

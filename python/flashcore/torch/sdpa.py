@@ -116,8 +116,7 @@ def _options(
         return options
     if torch.compiler.is_compiling():
         refuse("query", "on a GPU inside torch.compile", "it in flashcore.torch.attention there")
-    inputs = [x for x in (q, k, v, attn_mask) if x is not None]
-    for direction in ("forward", "backward") if require_grad(inputs) else ("forward",):
+    for direction in ("forward", "backward") if require_grad(q, k, v, attn_mask) else ("forward",):
         rng = (0, 0) if dropout_p else None
         plan = explain(q, k, v, direction=direction, rng=rng, **options)
         if plan.kernel is None:

@@ -90,7 +90,7 @@ def _mapped(*results: Any) -> tuple[Any, Any]:
 
 
 def forward(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """The rule of autograd.Attention."""
+    """The rule of autograd.TransformedAttention."""
     from flashcore.torch.autograd import attention
 
     q, k, v, bias, sinks, options, return_max_logits, out_dtype = args
@@ -98,7 +98,9 @@ def forward(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     if fold is None:
         return _one_by_one(attention, info.batch_size, dims, args)
     out, lse, max_logits = attention(
-        *(fold.fold(x, dim) for x, dim in zip((q, k, v), dims)),
+        fold.fold(q, dims[0]),
+        fold.fold(k, dims[1]),
+        fold.fold(v, dims[2]),
         fold.shared(bias, dims[3]),
         sinks,
         fold.options(options, dims[5]),
