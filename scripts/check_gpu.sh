@@ -2,8 +2,9 @@
 # usage: [OUT=dir] [PYTHON=python3] check_gpu.sh WHEEL...
 # The GPU check, on a machine with an NVIDIA GPU, torch and no network. Installs the given wheels
 # (flashcore and nanobind_backend; also pytest, hypothesis, ml_dtypes where the machine lacks them) into a
-# folder of its own, runs the GPU tests (the GPU examples among them) and a short benchmark of this
-# tree, and prints one table. Everything it wrote is in OUT (default out/). Exits with 1 if anything failed.
+# folder of its own, runs the GPU tests (the GPU examples among them), what a call costs on the host
+# and a short benchmark of this tree, and prints one table. Everything it wrote is in OUT (default
+# out/). Exits with 1 if anything failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { echo "usage: check_gpu.sh WHEEL..." >&2; exit 2; }
@@ -43,6 +44,7 @@ fi
 step info info.txt "$python" -m flashcore
 step tests pytest.txt "$python" -m pytest tests/python -m gpu -p no:cacheprovider -q \
   "${workers[@]}" --junitxml="$out/pytest.xml"
+step "call cost" call_cost.txt "$python" -m benchmarks host --device cuda
 step benchmark benchmark.txt "$python" -m benchmarks gpu --quick --out "$out"
 
 echo

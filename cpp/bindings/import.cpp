@@ -250,6 +250,9 @@ void Tensor::import_lead(nb::handle object, const char* name, Session& session, 
     session.stream = cupy_current_stream(object);
   import(object, name, session, access);
   session.device = tensor_.device;
+  if (session.stream_given && !session.cuda())
+    refuse_argument("[", session.call, "] stream was given but ", name,
+                    " is on the CPU, where a call is over when it returns: leave stream out");
   if (session.lead->exchange && session.cuda() && !session.stream_given &&
       session.lead->exchange->current_stream(kDLCUDA, session.device.device_id, &session.stream) !=
           0)

@@ -115,7 +115,7 @@ def attention(
         Also return the largest visible score of each row, shaped like lse.
     stream : int or stream object, optional
         CUDA stream to run on; default: the current stream of q's framework. An array of another
-        framework than q's is ordered before it through DLPack.
+        framework than q's is ordered before it through DLPack. Not for arrays on the CPU.
 
     Returns
     -------

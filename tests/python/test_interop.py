@@ -808,6 +808,19 @@ def test_values(options: dict[str, Any], message: str) -> None:
         fc.attention(*inputs(), **options)
 
 
+@pytest.mark.parametrize("stream", [0, 1, 12345])
+def test_a_stream_for_arrays_on_the_cpu(stream: int) -> None:
+    q, k, v = inputs()
+    message = r"stream was given but q is on the CPU.*leave stream out"
+    with pytest.raises(fc.ArgumentError, match=r"\[attention\] " + message):
+        fc.attention(q, k, v, stream=stream)
+    out, lse, _ = fc.attention(q, k, v, return_lse=True)
+    with pytest.raises(fc.ArgumentError, match=r"\[attention_backward\] " + message):
+        fc.attention_backward(out, q, k, v, out, lse, stream=stream)
+    with pytest.raises(fc.ArgumentError, match=r"\[merge\] .*is on the CPU"):
+        fc.merge([out], [lse], stream=stream)
+
+
 def test_options_are_what_the_core_reads() -> None:
     assert tuple(fc.Options.__annotations__) == _core.OPTION_NAMES
 
@@ -1172,6 +1185,33 @@ def test_cupy_on_a_side_stream() -> None:
     named = fc.attention(q, k, v, stream=stream)
     stream.synchronize()
     assert bool((named == want).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["null", "ptds"])
+def test_cupy_on_default_streams(name: str) -> None:
+    """The legacy one, and that of the thread."""
+    cupy = pytest.importorskip("cupy")
+    q, k, v = (cupy.random.standard_normal(GPU_SHAPE).astype(cupy.float16) for _ in range(3))
+    want = fc.attention(q, k, v)
+    cupy.cuda.Device().synchronize()
+    stream = getattr(cupy.cuda.Stream, name)
+    with stream:
+        out = fc.attention(q * 1, k, v)
+    stream.synchronize()
+    assert bool((out == want).all())
+
+
+@pytest.mark.gpu
+def test_cupy_memory_is_of_its_pool() -> None:
+    cupy = pytest.importorskip("cupy")
+    q = cupy.random.standard_normal((1, 4096, 8, 64)).astype(cupy.float16)
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes()
+    out = fc.attention(q, q, q)
+    assert pool.used_bytes() - before >= out.nbytes
+    del out
+    assert pool.used_bytes() == before
 
 
 @pytest.mark.gpu

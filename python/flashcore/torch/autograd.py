@@ -26,7 +26,7 @@ transformed = torch._C._are_functorch_transforms_active  # by grad, vjp, vmap, .
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-_compiles = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # by torch.compile and strict torch.export
 _grad_is_enabled = torch.is_grad_enabled
 
 
@@ -37,7 +37,7 @@ def recorded(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
         if x is not None and type(x) not in _PLAIN:
             return True
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
-    return not plain or _compiles() or _dispatch_modes() > 0
+    return not plain or _is_traced() or _dispatch_modes() > 0
 
 
 def require_grad(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
@@ -139,7 +139,10 @@ class Attention(Function):
         options, return_max_logits, out_dtype, only_out = call
         result = forward(q, k, v, bias, sinks, options, return_max_logits, out_dtype)
         out, lse, max_logits = result
-        _save(ctx, options, q, k, v, bias, sinks, out, lse)
+        if options:
+            _save(ctx, options, q, k, v, bias, sinks, out, lse)
+        else:
+            ctx.save_for_backward(q, k, v, bias, sinks, out, lse)
         if only_out:
             return out
         ctx.set_materialize_grads(False)
