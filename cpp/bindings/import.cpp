@@ -263,7 +263,7 @@ void Tensor::import(nb::handle object, const char* name, const Session& session,
   release();
   Where const where{session, name, object};
   nb::object const type = nb::borrow(object.type());  // info lives as long as it does
-  const TypeInfo& info = array_type(object);
+  const TypeInfo& info = type.is(session.lead_type) ? *session.lead : array_type(object);
   // The lead's own family runs on the lead's stream already. Arrays of another producer are asked
   // to order their stream before ours.
   bool const same_producer =

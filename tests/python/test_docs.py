@@ -6,23 +6,22 @@ import re
 
 import pytest
 from conftest import ROOT
-from helpers import run_python
 
 
-def code_of(page: str) -> str:
+def run_code_of(page: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
     assert len(blocks) > 3
-    return "\n".join(blocks)
+    exec(compile("\n".join(blocks), page, "exec"), {})
 
 
 def test_numpy() -> None:
-    run_python(code_of("numpy.md"))
+    run_code_of("numpy.md")
 
 
 @pytest.mark.gpu
 def test_cupy() -> None:
     pytest.importorskip("cupy")
-    run_python(code_of("cupy.md"))
+    run_code_of("cupy.md")
 
 
 @pytest.mark.parametrize("page", ["torch", "jax", "cupy", "numpy", "compat_flash_attn"])

@@ -31,7 +31,7 @@ LENGTHS = np.array([0, 100, 300], np.int32)
 CALLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain": (SHAPE, {}),
     "causal": (SHAPE, {"causal": True}),
-    "many keys": ((1, 4000, 2, 64), {"num_splits": 4}),  # has a workspace
+    "many keys": ((1, 2000, 2, 64), {"num_splits": 4}),  # has a workspace
     "packed": (
         PACKED,
         {

@@ -79,9 +79,10 @@ def attention(
     learned: tuple[Any, ...] = ()  # bias and sinks, if there is one
     if given:
         _check(given)
-        if "dropout_p" in given and given["dropout_p"] and given.get("rng") is None:
+        if given.get("dropout_p") and given.get("rng") is None:
             given["rng"] = torch.randint(_INT64.min, _INT64.max, (2,), device=q.device)
-        learned = given.get("bias"), given.get("sinks")
+        if "bias" in given or "sinks" in given:
+            learned = given.get("bias"), given.get("sinks")
 
     call: Any = autograd.attention
     if autograd.recorded(q, k, v, *learned):
@@ -147,9 +148,8 @@ def _check(options: dict[str, Any]) -> None:
                 "is a new tensor on the current stream: use torch.cuda.stream, or "
                 "flashcore.attention under torch.no_grad()"
             )
-    for name, x in options.items():
-        learned = isinstance(x, Tensor) and x.requires_grad and name not in ("bias", "sinks")
-        if learned and torch.is_grad_enabled():
+    for name, x in autograd.tensors_in(options).items():
+        if x.requires_grad and name not in ("bias", "sinks") and torch.is_grad_enabled():
             raise fc.UnsupportedError(
                 f"[attention] {name} requires grad, but only q, k, v, bias and sinks have one: "
                 f"pass {name}.detach(), or a learned bias="

@@ -22,6 +22,7 @@ from flashcore.torch import vmap
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((bool, int, float, str, tuple, type(None)))  # isinstance takes longer
 transformed = torch._C._are_functorch_transforms_active  # by grad, vjp, vmap, ...
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -48,6 +49,14 @@ def require_grad(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> boo
         if x is not None and x.requires_grad:
             return True
     return q.requires_grad or k.requires_grad or v.requires_grad
+
+
+def tensors_in(options: dict[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: x
+        for name, x in options.items()
+        if type(x) not in _NO_TENSORS and isinstance(x, Tensor)
+    }
 
 
 def forward(
@@ -101,7 +110,7 @@ def _save(ctx: Any, options: dict[str, Any], *tensors: Tensor | None) -> None:
     """What backward needs, as tensors wherever it is one: hooks see those, and writing to one
     before backward is noticed."""
     if options:
-        arrays = {name: x for name, x in options.items() if isinstance(x, Tensor)}
+        arrays = tensors_in(options)
         if arrays:
             options = {name: x for name, x in options.items() if name not in arrays}
             tensors += tuple(arrays.values())
