@@ -58,7 +58,7 @@ struct RowWindow {
   int skipped, begin;
 };
 FC_HD constexpr RowWindow row_window(int box, int row, int valid) {
-  int const rows = min_of(box, valid);
+  int const rows = max_of(0, min_of(box, valid));
   return {box - rows, row - (box - rows)};
 }
 

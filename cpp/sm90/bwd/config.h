@@ -17,20 +17,24 @@ struct BwdConfig {
   int block_m;     // query rows of a step
   int block_n;     // keys of a tile
   int stages;      // query blocks (Q and dO) in flight
+  int cluster;     // blocks of threads that divide the keys of a tile
 
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // What the consumers divide: the keys of a tile; or the columns of dK and dV; or one has dV and
-  // the other dK.
-  constexpr bool by_keys() const { return block_n == 128; }
-  constexpr bool by_columns() const { return block_n == 64 && head_dim == 256; }
-  constexpr bool by_gradient() const { return block_n == 64 && head_dim == 192; }
+  // Of a block of threads.
+  constexpr int keys() const { return block_n / cluster; }
+  // What the consumers divide: the keys; or one has dV and the other dK. The latter alone, or with
+  // another block that has as many keys.
+  constexpr bool by_keys() const { return keys() == 128; }
+  constexpr bool by_gradient() const { return keys() == 64 && cluster == 1; }
+  constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
-           ((by_keys() && head_dim == head_dim_v &&
+           ((by_keys() && cluster == 1 && head_dim == head_dim_v &&
              ((head_dim <= 64 && block_m == 128) || (head_dim <= 128 && block_m == 64))) ||
-            (by_columns() && block_m == 64 && head_dim_v == 256) ||
-            (by_gradient() && block_m == 64 && (head_dim_v == 128 || head_dim_v == 192)));
+            (by_cluster() && block_m == 64 && head_dim == 256 && head_dim_v == 256) ||
+            (by_gradient() && block_m == 64 && head_dim == 192 &&
+             (head_dim_v == 128 || head_dim_v == 192)));
   }
 };
 
@@ -62,7 +66,7 @@ struct BwdParams {
   float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
   float* dq_sum;       // [slot][query block][block_m * head_dim], see dq.cuh
   // Null where no mask cuts blocks: see repair.cuh.
-  uint8_t* redo_keys;     // [key head][key tile][warp]
+  uint8_t* redo_keys;     // [key head][key tile][block of the cluster][warp]
   uint8_t* redo_queries;  // [head][query block][warp][half of the columns]; only of whole heads
   int head_key_blocks;    // key tiles of a key head, of all sequences
   int head_blocks;        // query blocks of a head, of all sequences

@@ -11,8 +11,9 @@ struct Consumer {
   const BwdParams& p;
   typename T::Shared& sh;
   int index;  // which consumer
+  int rank;   // which block of the cluster
   tile::Ring<T::kStages>& ring;
-  tile::Ring<2>& ds;  // the buffer of dS that is written next
+  tile::Ring<T::kDsBuffers>& ds;  // the buffer of dS that is written next
   typename T::GradientTile &rdK, &rdV;
 
   // Read where it is, so that it takes no registers.
@@ -22,7 +23,7 @@ struct Consumer {
   FC_DEVICE KeyPair keys() const { return KeyPair(work(), warp_key() + thread_index() % 32 / 4); }
   // The first of the warp's sixteen keys, of the tile.
   FC_DEVICE int warp_key() const {
-    return (T::kByKeys ? 64 * index : 0) + thread_index() % 128 / 32 * 16;
+    return T::first_key(index, rank) + thread_index() % 128 / 32 * 16;
   }
 
   // A step: a query block of a query head of the group. Worked out before the wait that ends the

@@ -94,7 +94,7 @@ struct Division {
   int64_t n_blocks;     // key tiles of the longest sequence
   int64_t tiles;        // of all heads; for a packed batch a bound
   int64_t pairs;        // of batch and key head
-  int blocks;
+  int clusters;  // or blocks, if they work alone
   bool whole_heads;
   bool block_slots;         // sums of dQ for the heads in the making alone, not for all
   int64_t slot_blocks;      // query blocks of such sums
@@ -111,19 +111,19 @@ struct Division {
                              : pairs * n_blocks;
     int const processors = cuda::devices()[p.device_id].multiprocessors;
     whole_heads = p.deterministic || n_blocks <= 1;
-    blocks =
-        static_cast<int>(min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors));
+    clusters = static_cast<int>(
+        min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster));
     // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
     block_slots = whole_heads && !p.cu_seqlens_q;
     slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;
-    int64_t const slots = block_slots ? blocks * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
+    int64_t const slots = block_slots ? clusters * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
     int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
     minus_lse = slots * slot_blocks * c.block_m * c.head_dim * 4;
     minus_delta = minus_lse + rows * 4;
     head_key_blocks = p.cu_seqlens_k ? p.total_k / c.block_n + p.batch : p.batch * n_blocks;
     bool const cut = !p.window.open();
     redo_keys = minus_delta + rows * 4;
-    redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 : 0);
+    redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
     bytes = redo_queries + (cut && whole_heads ? p.num_heads_q * head_blocks * 16 : 0);
   }
 };
@@ -148,7 +148,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     int64_t const rows = of_queries ? rows_q(p) : rows_k(p);
     int64_t const heads = of_queries ? p.num_heads_q : p.num_heads_kv;
     int64_t const batch = of_queries ? batch_q(p) : batch_k(p);
-    int const box = of_queries ? c.block_m : c.block_n;
+    int const box = of_queries ? c.block_m : c.keys();
     TensorMaps maps{};
     maps.cut = of_queries ? p.cu_seqlens_q || p.seqlens_q : p.cu_seqlens_k || p.seqlens_k;
     if (maps.cut) {
@@ -246,7 +246,10 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   if (!p.window.open() && !d.whole_heads) {
     int64_t const head_bytes =
         p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-    int const largest = tile::section_pairs(head_bytes, 1, pairs, kL2Budget);
+    // At least what runs at the same time anyhow, or there is nothing to choose from.
+    int const largest = static_cast<int>(min_of<int64_t>(
+        pairs, max_of<int64_t>(tile::section_pairs(head_bytes, 1, pairs, kL2Budget),
+                               ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, d.n_blocks)))));
     int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     auto const cost = [&](int block) {
       int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
@@ -259,13 +262,13 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     params.scheduler.section_pairs =
         packed ? largest
                : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
-                            p.window.right, q_offset, pairs, largest, params.group, d.blocks},
+                            p.window.right, q_offset, pairs, largest, params.group, d.clusters},
                            [&] {
-                             return tile::balanced_section(params.scheduler, largest, 1, d.blocks,
+                             return tile::balanced_section(params.scheduler, largest, 1, d.clusters,
                                                            cost);
                            });
   }
-  instance.launch(params, d.blocks, p.device_id, static_cast<cudaStream_t>(stream));
+  instance.launch(params, d.clusters * c.cluster, p.device_id, static_cast<cudaStream_t>(stream));
   if (p.dsinks) launch_dsinks(params, c.block_m, static_cast<cudaStream_t>(stream));
 }
 

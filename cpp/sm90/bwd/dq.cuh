@@ -44,11 +44,11 @@ FC_DEVICE void add_sums(float (&dq)[N], const float* from, int quads) {
   }
 }
 
-// This thread's sums of query block m of one head, from the consumer's quad kFirst on.
+// This thread's sums of query block m of one head, from quad kFirst of part `part` on.
 template <class T, int kFirst>
-FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int head, int m) {
+FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int part, int head, int m) {
   return dq_block<T>(p, work.sums + head * p.slot_blocks + m) +
-         T::Dq::offset(thread_index() - 128) + 128 * kFirst;
+         T::Dq::offset(thread_index() - 128 + T::kConsumerThreads * T::rank_of(part)) + 128 * kFirst;
 }
 
 // What the consumer keeps of a product.
@@ -62,10 +62,10 @@ FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& prod
 
 // Where dQ goes from here: to those sums, or to its rows.
 template <class T, int kFirst, int N>
-FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int consumer, int head, int m,
+FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, int m,
                       float* sums, float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
-  int const quads = T::Dq::quads(consumer) - kFirst;
+  int const quads = T::Dq::quads(part) - kFirst;
   if (!p.whole_heads || (m >= work.complete && m < work.fresh)) {
     add_dq<T>(sums, dq, quads);
   } else if (m >= work.complete) {
@@ -75,14 +75,13 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int consumer, int he
     if (p.redo_queries && broken(dq)) {
       int const thread = thread_index() - 128;
       if (thread % 32 == 0) {
-        int const part = thread / 32 * 2 + (kFirst > 0);
-        *redo_queries(p, work, head, m, part) = 1;
+        *redo_queries(p, work, head, m, thread / 32 * 2 + (T::kByCluster ? T::rank_of(part) : kFirst > 0)) = 1;
         redo[thread / 32] = true;
       }
       return;
     }
-    int const row = m * T::kBlockM + T::Dq::row(consumer);
-    int const col = T::Dq::col(consumer) + 8 * kFirst;
+    int const row = m * T::kBlockM + T::Dq::row(part);
+    int const col = T::Dq::col(part) + 8 * kFirst;
     store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head,
                                     int64_t{work.q_begin} + row, work.seqlen_q - row,
                                     work.written_q - row, col, p.head_dim - col);

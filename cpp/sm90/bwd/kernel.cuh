@@ -7,14 +7,14 @@
 //     warpgroup 0     producer   one thread tells the copy engine to fetch K, V; then Q, dO blocks
 //     warpgroup 1, 2  consumers  their part of dK and dV stays in registers for the whole tile
 //
-// One step is one block of query rows of one query head: steps_by_keys.cuh, steps_by_columns.cuh,
-// steps_by_gradient.cuh.
+// One step is one block of query rows of one query head: steps_by_keys.cuh, steps_by_gradient.cuh,
+// steps_by_cluster.cuh.
 // Query heads that share a key head follow one another in the tile, so dK and dV need no sums in
 // memory. dQ does (dq.cuh). The tile loop is persistent: rings keep stage and parity across tiles,
 // so the producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
 #pragma once
 #include "sm90/bwd/load.cuh"
-#include "sm90/bwd/steps_by_columns.cuh"
+#include "sm90/bwd/steps_by_cluster.cuh"
 #include "sm90/bwd/steps_by_gradient.cuh"
 #include "sm90/bwd/steps_by_keys.cuh"
 #include "sm90/bwd/store.cuh"
@@ -26,6 +26,9 @@ struct Kernel {
   using Element = typename T::Element;
   using Shared = typename T::Shared;
   using Ring = tile::Ring<T::kStages>;
+  template <bool kFirst>
+  using Steps =
+      std::conditional_t<T::kByCluster, StepsByCluster<T, kFirst>, StepsByGradient<T, kFirst>>;
 
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const BwdParams& p, Shared& sh) {
@@ -38,12 +41,12 @@ struct Kernel {
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
-    sh.tiles = KeyTiles(blockIdx.x, gridDim.x);
+    sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
     for (;;) {
       // Worked out before the wait, and kept where it takes no registers.
       tile::Tile tile;
       if (sh.tiles.next(p, T::kBlockN, tile))
-        sh.next.set(p, tile, T::kBlockM, T::kBlockN);
+        sh.next.set(p, tile, T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
       else
         sh.next.key = -1;
       sh.k_free.wait(parity);
@@ -53,6 +56,7 @@ struct Kernel {
         sh.v_free.wait(parity);
         sh.k_ready.arrive();
         sh.v_ready.arrive();
+        if (T::kByCluster) sh.peer_k_ready.arrive();
       } else {
         load_tile(p, sh, ring, parity);
       }
@@ -66,8 +70,9 @@ struct Kernel {
     const Work& work = sh.work;
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
     int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
-    int const key = work.k_begin + work.key, keys = work.seqlen_k - work.key;
-    load<T::kBlockN, T::kPanels>(sh.k, p.k, sh.k_ready, key, keys, work.kv_head, batch_k, once);
+    int const rank = T::kByCluster ? cluster_rank() : 0, first_key = work.key + T::kKeys * rank;
+    int const key = work.k_begin + first_key, keys = work.seqlen_k - first_key;
+    load<T::kKeys, T::kPanels>(sh.k, p.k, sh.k_ready, key, keys, work.kv_head, batch_k, once);
     bool fresh = true;
     for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
       int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
@@ -79,8 +84,14 @@ struct Kernel {
                                      shared_by_tiles, sh.minus_lse[s], p.minus_lse + stats);
         if (fresh) {
           sh.v_free.wait(parity);
-          load<T::kBlockN, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k,
-                                        once);
+          load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k,
+                                      once);
+          if constexpr (T::kByCluster) {
+            int const to_peer = T::kKeys * (1 - 2 * rank);
+            load<T::kKeys, T::kPeerPanels>(sh.peer_k, p.k, sh.peer_k_ready, key + to_peer,
+                                           keys - to_peer, work.kv_head, batch_k, once, nullptr,
+                                           nullptr, rank * T::kPeerPanels * kPanelCols);
+          }
           fresh = false;
         }
         load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head,
@@ -91,18 +102,18 @@ struct Kernel {
     }
   }
 
-  // kRows rows, one box per panel, and the rows' statistics if there are any. Rows past the
+  // kRows rows from column `col` on, one box per panel, and the rows' statistics if there are any. Rows past the
   // end of the sequence become zeros, whatever is there: what they are multiplied with is zero, and
   // 0 * NaN is not. Columns past the end do, too.
   template <int kRows, int kPanels>
   FC_DEVICE static void load(char* smem, const TensorMaps& maps, Barrier& ready, int row, int valid,
                              int head, int batch, uint64_t policy, float* stats = nullptr,
-                             const float* global_stats = nullptr) {
+                             const float* global_stats = nullptr, int col = 0) {
     ready.arrive_expect(kRows * kPanels * kPanelBytes + (stats ? kRows * 4 : 0));
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
-      load_rows(smem + panel * kRows * kPanelBytes, maps, ready, kRows, panel * kPanelCols, row,
-                valid, head, batch, policy);
+      load_rows(smem + panel * kRows * kPanelBytes, maps, ready, kRows, col + panel * kPanelCols,
+                row, valid, head, batch, policy);
     if (stats) bulk_load(stats, global_stats, kRows * 4, ready);
   }
 
@@ -111,38 +122,37 @@ struct Kernel {
     claim_registers<T::kConsumerRegs>();
     int const consumer = warpgroup_index() - 1;
     Ring ring = Ring::consumer();
-    tile::Ring<2> ds = tile::Ring<2>::consumer();
+    int const rank = T::kByCluster ? cluster_rank() : 0;
+    tile::Ring<T::kDsBuffers> ds = tile::Ring<T::kDsBuffers>::consumer();
     for (uint32_t parity = 0;; parity ^= 1) {
       sh.k_ready.wait(parity);
       if (sh.work.key < 0) break;
-      typename T::GradientTile gradients[T::kByGradient ? 1 : 2];
-      auto &rdK = gradients[0], &rdV = gradients[T::kByGradient ? 0 : 1];
+      typename T::GradientTile gradients[T::kByKeys ? 2 : 1];
+      auto &rdK = gradients[0], &rdV = gradients[T::kByKeys ? 1 : 0];
 #pragma unroll
-      for (int i = 0; i < T::kGradientCols / 2; ++i) rdK[i] = rdV[i] = 0.0f;
-      Consumer<T> const c{p, sh, consumer, ring, ds, rdK, rdV};
+      for (int i = 0; i < T::kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.0f;
+      Consumer<T> const c{p, sh, consumer, rank, ring, ds, rdK, rdV};
       if (sh.work.empty())
         c.release(sh.v_free);
       else if constexpr (T::kByKeys)
         StepsByKeys<T>::run(c, parity);
-      else if constexpr (!T::kByGradient)
-        StepsByColumns<T>::run(c, parity);
       else if (consumer == 0)
-        StepsByGradient<T, true>::run(c, parity);
+        Steps<true>::run(c, parity);
       else
-        StepsByGradient<T, false>::run(c, parity);
+        Steps<false>::run(c, parity);
       Work const work = sh.work;
       __syncwarp();
       c.release(sh.k_free);
-      store(p, sh, work, consumer, rdK, rdV);
+      store(p, sh, work, consumer, rank, rdK, rdV);
     }
-    if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer);
+    if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
+    if constexpr (T::kByCluster) cluster_sync();  // the other block may still arrive here
   }
 
   FC_DEVICE static void store(const BwdParams& p, Shared& sh, const Work& work, int consumer,
-                              const typename T::GradientTile& rdK,
+                              int rank, const typename T::GradientTile& rdK,
                               const typename T::GradientTile& rdV) {
-    int const key = work.key + (T::kByKeys ? 64 * consumer : 0);
-    int const col = T::kByKeys || T::kByGradient ? 0 : T::kGradientCols * consumer;
+    int const key = work.key + T::first_key(consumer, rank);
     int redo = 0;  // bit 0: dK, bit 1: dV
     auto put = [&](const Matrix& to, const typename T::GradientTile& x, float scale, int cols,
                    int bit) {
@@ -152,41 +162,42 @@ struct Kernel {
       else
         store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
                             int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
-                            col, cols - col);
+                            0, cols);
     };
-    if (!T::kByGradient || consumer == 0)
+    if (T::kByKeys || consumer == 0)
       put(p.dv, rdV, T::kTerms ? p.dropout_scale : 1.0f, p.head_dim_v, 2);
-    if (!T::kByGradient || consumer == 1) put(p.dk, rdK, p.scale, p.head_dim, 1);
+    if (T::kByKeys || consumer == 1) put(p.dk, rdK, p.scale, p.head_dim, 1);
     if (p.redo_keys && threadIdx.x % 32 == 0) {
       int const warp = threadIdx.x / 32 - 4;
-      *redo_keys(p, work, warp) = static_cast<uint8_t>(redo);
+      *redo_keys<T>(p, work, rank, warp) = static_cast<uint8_t>(redo);
       if (redo) sh.redo[warp] = true;
     }
     __syncwarp();
   }
 
   // What this warp left out, tile by tile; of whole heads also dQ, with the first tile.
-  FC_DEVICE static void repair(const BwdParams& p, int consumer) {
+  FC_DEVICE static void repair(const BwdParams& p, int consumer, int rank) {
     using Repair = bwd::Repair<T>;
     int const warp = threadIdx.x / 32 - 4;
-    int const first = T::kByKeys || T::kByGradient ? 0 : T::kGradientCols * consumer;
-    KeyTiles tiles(blockIdx.x, gridDim.x);
+    int const part = T::dq_part(consumer, rank);
+    int const slot = blockIdx.x / T::kCluster;
+    KeyTiles tiles(slot, gridDim.x / T::kCluster);
     Work work;
     for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
-      work.set(p, tile, T::kBlockM, T::kBlockN);
-      int const key = work.key + (T::kByKeys ? 64 * consumer : 0) + warp % 4 * 16;
-      if (int const redo = *redo_keys(p, work, warp))
+      work.set(p, tile, T::kBlockM, T::kBlockN, slot);
+      int const key = work.key + T::first_key(consumer, rank) + warp % 4 * 16;
+      if (int const redo = *redo_keys<T>(p, work, rank, warp))
         for (int j = key; j < min_of(key + 16, work.written_k); ++j)
-          Repair::key_row(p, work, j, redo & 1, redo & 2, first, first + T::kGradientCols);
+          Repair::key_row(p, work, j, redo & 1, redo & 2);
       if (!p.redo_queries || tile.m_block > 0) continue;
-      int const row = T::Dq::row(consumer) + warp % 4 * 16, col = T::Dq::col(consumer);
+      int const row = T::Dq::row(part) + warp % 4 * 16, col = T::Dq::col(part);
       for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head)
         for (int m = 0; m * T::kBlockM < work.written_q; ++m)
-          for (int part = 0; part < 2; ++part)
-            if (*redo_queries(p, work, head, m, warp * 2 + part)) {
-              int const from = col + part * T::kDqPartCols;
+          for (int half = T::kByCluster ? rank : 0; half < (T::kByCluster ? rank + 1 : 2); ++half)
+            if (*redo_queries(p, work, head, m, warp * 2 + half)) {
+              int const from = col + (T::kByCluster ? 0 : half * T::kDqPutCols);
               Repair::dq_rows(p, work.batch, head, m * T::kBlockM + row, from,
-                              min_of(from + T::kDqPartCols, p.head_dim));
+                              min_of(from + T::kDqPutCols, p.head_dim));
             }
     }
   }
@@ -198,9 +209,11 @@ struct Kernel {
     sh.v_ready.init(1);
     sh.k_free.init(kConsumerWarps);
     sh.v_free.init(kConsumerWarps);
-    for (int s = 0; s < 2; ++s) {
-      sh.ds_ready[s].init(kConsumerWarps);
-      sh.ds_free[s].init(kConsumerWarps);
+    sh.peer_k_ready.init(1);
+    sh.p_ready.init(4);
+    for (int s = 0; s < T::kDsBuffers; ++s) {
+      sh.ds_ready[s].init(T::kByCluster ? 1 : kConsumerWarps);
+      sh.ds_free[s].init(kConsumerWarps * T::kCluster);
     }
     for (int s = 0; s < T::kStages; ++s) {
       sh.q_ready[s].init(1);
@@ -217,7 +230,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   extern __shared__ __align__(1024) char smem[];
   auto& sh = *reinterpret_cast<typename T::Shared*>(smem);
   if (threadIdx.x == 0) Kernel<T>::init_barriers(sh);
-  __syncthreads();
+  if constexpr (T::kByCluster)
+    cluster_sync();
+  else
+    __syncthreads();
   if (warpgroup_index() == 0)
     Kernel<T>::produce(p, sh);
   else

@@ -27,11 +27,20 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");
   }
   if (blocks > 0) {
-    flash_bwd_sm90<T><<<blocks, T::kThreads, kBytes, stream>>>(params);
-    cuda::check(cudaGetLastError(), "flash_bwd_sm90");
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {T::kCluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = {static_cast<unsigned>(blocks), 1, 1};
+    config.blockDim = {T::kThreads, 1, 1};
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    cuda::check(cudaLaunchKernelEx(&config, flash_bwd_sm90<T>, params), "flash_bwd_sm90");
   }
   if (params.dq.data && !params.whole_heads && query_blocks > 0) {
-    flash_bwd_sm90_postprocess<T><<<query_blocks, T::kConsumerThreads, 0, stream>>>(params);
+    flash_bwd_sm90_postprocess<T><<<query_blocks, T::Dq::kThreads, 0, stream>>>(params);
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_postprocess");
   }
 }

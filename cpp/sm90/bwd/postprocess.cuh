@@ -6,9 +6,9 @@
 namespace flashcore::sm90::bwd {
 
 // One block of threads takes one query block of one head; thread t holds what consumer thread t of
-// the main kernel held.
+// the main kernel, or of its cluster, held.
 template <class T>
-__global__ void __launch_bounds__(T::kConsumerThreads)
+__global__ void __launch_bounds__(T::Dq::kThreads)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
   int const head = blockIdx.x / p.head_blocks;
   QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);

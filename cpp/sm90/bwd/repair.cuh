@@ -20,10 +20,13 @@ FC_DEVICE bool broken(const float (&x)[N]) {
   return __any_sync(0xffffffffu, !(finite_probe(x) == 0.0f));
 }
 
-// Where a warp of the consumers notes it. Of dK and dV: per key tile of a key head, by warp. Of dQ:
-// per query block of a head, by warp and half of its columns.
-FC_DEVICE uint8_t* redo_keys(const BwdParams& p, const Work& work, int warp) {
-  return p.redo_keys + (int64_t{work.kv_head} * p.head_key_blocks + work.key_block) * 8 + warp;
+// Where a warp of the consumers notes it. Of dK and dV: per key tile of a key head, by block of the
+// cluster and warp. Of dQ: per query block of a head, by warp and half of its columns, or block of
+// the cluster.
+template <class T>
+FC_DEVICE uint8_t* redo_keys(const BwdParams& p, const Work& work, int rank, int warp) {
+  int64_t const tile = int64_t{work.kv_head} * p.head_key_blocks + work.key_block;
+  return p.redo_keys + (tile * T::kCluster + rank) * (4 * T::kConsumers) + warp;
 }
 FC_DEVICE uint8_t* redo_queries(const BwdParams& p, const Work& work, int head, int m, int part) {
   return p.redo_queries + (int64_t{head} * p.head_blocks + work.stats + m) * 16 + part;
@@ -143,9 +146,9 @@ struct Repair {
     }
   }
 
-  // Columns [first, last) of row j of dK and of dV, the one or the other if it is asked for.
+  // Row j of dK and of dV, the one or the other if it is asked for.
   FC_DEVICE static void key_row(const BwdParams& p, const Work& work, int64_t j, bool want_dk,
-                                bool want_dv, int first, int last) {
+                                bool want_dv) {
     tile::Sequence const seq = tile::sequence_of(p, work.batch);
     bool const padding = j >= seq.seqlen_k;
     KRow const k = load<KRow>(p.k_ref, work.batch, work.kv_head, seq.k_begin + j, p.head_dim);
@@ -166,10 +169,10 @@ struct Repair {
       }
     int64_t const to = seq.k_begin + j;
     if (want_dk && p.dk.data)
-      store(p, p.dk, dk, p.scale, work.batch, work.kv_head, to, first, min_of(last, p.head_dim));
+      store(p, p.dk, dk, p.scale, work.batch, work.kv_head, to, 0, p.head_dim);
     if (want_dv && p.dv.data)
-      store(p, p.dv, dv, T::kTerms ? p.dropout_scale : 1.0f, work.batch, work.kv_head, to, first,
-            min_of(last, p.head_dim_v));
+      store(p, p.dv, dv, T::kTerms ? p.dropout_scale : 1.0f, work.batch, work.kv_head, to, 0,
+            p.head_dim_v);
   }
 };
 

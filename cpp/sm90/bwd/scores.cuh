@@ -76,6 +76,16 @@ FC_DEVICE void pack_tile(uint32_t (&packed)[N / 2], const float (&x)[N]) {
   for (int i = 0; i < N / 2; ++i) packed[i] = pack<Element>(x[2 * i], x[2 * i + 1]);
 }
 
+template <class Element, int N>
+FC_DEVICE void unpack_tile(float (&x)[N], const uint32_t (&packed)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    float2 const pair = unpack<Element>(packed[i]);
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
 // P^T or dS^T, 64 keys x N queries in registers -> rows of queries in one panel of shared memory,
 // from row 16 * first_patch on.
 template <int N>
@@ -85,6 +95,18 @@ FC_DEVICE void store_transposed(char* panel, const uint32_t (&x)[N], int first_p
 #pragma unroll
   for (int i = 0; i < N / 4; ++i)
     store_matrix_x4_transposed(
+        base + transposed_patch_offset(thread % 128 / 32, thread % 32, first_patch + i), x[4 * i],
+        x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+}
+
+// And back.
+template <int N>
+FC_DEVICE void load_transposed(uint32_t (&x)[N], const char* panel, int first_patch) {
+  int const thread = thread_index();
+  uint32_t const base = smem_address(panel);
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i)
+    load_matrix_x4_transposed(
         base + transposed_patch_offset(thread % 128 / 32, thread % 32, first_patch + i), x[4 * i],
         x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
 }

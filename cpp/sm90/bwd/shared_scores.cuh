@@ -33,18 +33,16 @@ struct SharedScores {
   }
 
   // S^T -> P^T, and P to shared memory.
-  FC_DEVICE static void make_p(const Consumer& c, Scores<T>& scores, typename T::ScoreTile& rS,
-                               int buffer, Step at) {
+  FC_DEVICE static void make_p(const Consumer& c, typename T::ScoreTile& rS, int buffer, Step at) {
     typename T::ProbTile rP;
-    scores.probabilities(c, rS, rP, at, at.m * T::kBlockM + c.index * kQueries,
+    Scores<T>::probabilities(c, rS, rP, at, at.m * T::kBlockM + c.index * kQueries,
                          c.sh.minus_lse[c.ring.stage] + c.index * kQueries);
     store_transposed(c.sh.p[buffer], rP, c.index * kQueries / 16);
   }
   // dP^T and P^T -> dS^T, and dS to shared memory.
-  FC_DEVICE static void make_ds(const Consumer& c, Scores<T>& scores,
-                                const typename T::ScoreTile& rP, typename T::ScoreTile& rdP,
+  FC_DEVICE static void make_ds(const Consumer& c, const typename T::ScoreTile& rP, typename T::ScoreTile& rdP,
                                 int buffer, Step at) {
-    scores.gradients(c, rdP, rP, at, at.m * T::kBlockM + c.index * kQueries,
+    Scores<T>::gradients(c, rdP, rP, at, at.m * T::kBlockM + c.index * kQueries,
                      c.sh.minus_delta[c.ring.stage] + c.index * kQueries);
     typename T::ProbTile rdS;
     pack_tile<Element>(rdS, rdP);
@@ -55,23 +53,19 @@ struct SharedScores {
   // The first ones of a tile.
   FC_DEVICE static void make_first(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
-    Scores<T> scores;
     issue_s(c, rS);
     wgmma_wait<0>();
     pin(rS);
     c.sh.v_ready.wait(parity);
     issue_dp(c, rdP);
-    make_p(c, scores, rS, 0, c.first_step());
+    make_p(c, rS, 0, c.first_step());
     wgmma_wait<0>();
     pin(rdP);
-    make_ds(c, scores, rS, rdP, 0, c.first_step());
+    make_ds(c, rS, rdP, 0, c.first_step());
     meet();
   }
   FC_DEVICE static void meet() {
-    if constexpr (T::kByGradient)  // each consumer has steps of its own
-      named_barrier_sync_apart(T::kMeet, T::kConsumerThreads);
-    else
-      named_barrier_sync(T::kMeet, T::kConsumerThreads);
+    named_barrier_sync_apart(T::kMeet, T::kConsumerThreads);  // each has steps of its own
   }
 };
 

@@ -2,7 +2,7 @@
 // which is cut in the middle of a panel. dQ makes up for their unlike sizes: the first consumer
 // takes two of its three panels, the second one the third.
 //
-// As in steps_by_columns.cuh they divide the queries of S^T and dP^T, meet over P and dS in shared
+// They divide the queries of S^T and dP^T, meet over P and dS in shared
 // memory, and make those of the next step while the tensor cores work on this one:
 //     tensor cores   S(m+1) | dP(m+1) | dV(m) or dK(m) | dQ(m) |
 //     other units                 P(m+1) | dS(m+1) stored      | meet | dQ to memory
@@ -49,7 +49,7 @@ struct StepsByGradient {
   FC_DEVICE static void put(const Consumer& c, Step at, DqPanel& rdQ) {
     constexpr int kQuads = kPanelCols / 8;
     put_dq<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m,
-                               dq_sums<T, kPanel * kQuads>(c.p, c.work(), at.head, at.m), rdQ,
+                               dq_sums<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m), rdQ,
                                c.sh.redo);
   }
 
@@ -61,7 +61,6 @@ struct StepsByGradient {
     Step const next = kNext ? c.step_after(at) : at;
     typename T::ScoreTile rS, rdP;
     DqPanel rdQ0, rdQ1;
-    Scores<T> scores;
     c.ring.advance();
 
     if constexpr (kNext) {
@@ -76,10 +75,10 @@ struct StepsByGradient {
     if constexpr (kNext) {
       wgmma_wait<3>();
       pin(rS);
-      Made::make_p(c, scores, rS, buffer ^ 1, next);
+      Made::make_p(c, rS, buffer ^ 1, next);
       wgmma_wait<2>();
       pin(rdP);
-      Made::make_ds(c, scores, rS, rdP, buffer ^ 1, next);
+      Made::make_ds(c, rS, rdP, buffer ^ 1, next);
     }
     if constexpr (kFirst) {
       issue_dq(c, rdQ1, buffer, 1);

@@ -43,7 +43,7 @@ struct StepsByKeys {
     pin(c.rdK);
     pin(c.rdV);
     c.release(c.sh.ds_free[c.ds.stage ^ 1]);
-    put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), at.head, at.m), rdQ);
+    put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ);
   }
 
  private:
@@ -97,10 +97,9 @@ struct StepsByKeys {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
     typename T::ProbTile rP, rdS;
-    Scores<T> scores;
 
     if constexpr (!T::kTerms) issue_dp(c, rdP);
-    scores.probabilities(c, rS, rP, at, at.m * T::kBlockM, sh.minus_lse[stage]);
+    Scores<T>::probabilities(c, rS, rP, at, at.m * T::kBlockM, sh.minus_lse[stage]);
     if constexpr (T::kTerms) issue_dp(c, rdP);  // until here its registers were needed
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdV, rP, sh.dout[stage]);
@@ -109,7 +108,7 @@ struct StepsByKeys {
 
     wgmma_wait<1>();  // dP is complete, dV may still be running
     pin(rdP);
-    scores.gradients(c, rdP, rS, at, at.m * T::kBlockM, sh.minus_delta[stage]);
+    Scores<T>::gradients(c, rdP, rS, at, at.m * T::kBlockM, sh.minus_delta[stage]);
     pack_tile<Element>(rdS, rdP);
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdK, rdS, sh.q[stage]);
@@ -131,7 +130,7 @@ struct StepsByKeys {
     if constexpr (kNext) score(c, rS);
     bool const new_head = at.m == c.work().first;
     int const head = at.head - new_head, m = (new_head ? c.work().last : at.m) - 1;
-    float* const sums = dq_sums<T, 0>(c.p, c.work(), head, m);
+    float* const sums = dq_sums<T, 0>(c.p, c.work(), c.index, head, m);
     Step const next = kNext ? c.step_after(at) : at;
     wgmma_wait<kNext ? 1 : 0>();  // dQ is complete, S may still be running
     pin(rdQ);

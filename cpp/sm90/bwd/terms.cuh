@@ -5,7 +5,8 @@
 //     P = exp(score - lse)                                dV = (kept P)^T dO / (1 - p)
 //     dS = P (1 - t^2 if softcap) (kept dP / (1 - p) - delta)
 //
-// The two have the same verbs. s becomes what dS is a multiple of, and `packed` what dV multiplies.
+// The two have the same verbs. s becomes what dS is a multiple of, negative where dropout dropped the
+// score, and `packed` what dV multiplies.
 #pragma once
 #include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dropout.h"
@@ -19,14 +20,14 @@ struct PlainScores {
 
   // query: the first of s, of the sequence.
   template <int N>
-  FC_DEVICE void probabilities(const Consumer<T>& c, float (&s)[N], uint32_t (&packed)[N / 2],
+  FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N], uint32_t (&packed)[N / 2],
                                Step at, int query, const float*) {
     if (at.masked) exclude(s, c.keys(), query, -INFINITY);
     exponentiate(s, c.p.scale_log2);
     pack_tile<Element>(packed, s);
   }
   template <int N>
-  FC_DEVICE void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step at,
+  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step at,
                            int query, const float*) {
     differentiate(dp, s);
     if (at.masked) exclude(dp, c.keys(), query, 0.0f);
@@ -38,13 +39,12 @@ template <class T>
 struct TermScores {
   using Element = typename T::Element;
   using Step = typename Consumer<T>::Step;
-  uint32_t kept[ceil_div(T::kScoreQueries, 64)];  // with dropout, a bit per score of this thread
-
   template <int N>
-  FC_DEVICE void probabilities(const Consumer<T>& c, float (&s)[N], uint32_t (&packed)[N / 2],
+  FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N], uint32_t (&packed)[N / 2],
                                Step at, int query, const float* minus_lse) {
     const BwdParams& p = c.p;
-    keep<N>(c, at.head, query);
+    uint32_t kept[ceil_div(N, 32)];  // with dropout, a bit per score of this thread
+    keep<N>(c, at.head, query, kept);
     bool const softcap = p.softcap_inner != 0.0f;
     if (softcap) {
 #pragma unroll
@@ -75,8 +75,10 @@ struct TermScores {
           float const d = fabsf(static_cast<float>(distance + 2 * i + e % 2 - 8 * (e / 2)));
           float const score = __fmaf_rn(minus_slope, d, t) + (e % 2 ? of_queries.y : of_queries.x);
           float const x = exp2_approx(score * p.scale_log2);
+          bool const keeps = kept[(i + e) / 32] >> ((i + e) % 32) & 1;
           t = x * __fmaf_rn(bend * t, t, 1.0f);  // of an excluded score NaN, as its dS is
-          prob[e] = keeps(i + e) ? x : 0.0f;
+          t = keeps ? t : -t;
+          prob[e] = keeps ? x : 0.0f;
         }
         packed[i / 2] = pack<Element>(prob[0], prob[1]);
         packed[i / 2 + 1] = pack<Element>(prob[2], prob[3]);
@@ -85,24 +87,22 @@ struct TermScores {
   }
 
   template <int N>
-  FC_DEVICE void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step at,
+  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step at,
                            int query, const float* minus_delta) {
-    pin(kept);
     const float2* const pairs = reinterpret_cast<const float2*>(minus_delta) + thread_index() % 4;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       float2 const of_queries = pairs[i / 4 * 4];
-      float const x = keeps(i) ? dp[i] : 0.0f;
-      dp[i] = s[i] * __fmaf_rn(x, c.p.dropout_scale, i % 2 ? of_queries.y : of_queries.x);
+      float const x = s[i] < 0.0f ? 0.0f : dp[i];
+      dp[i] = fabsf(s[i]) * __fmaf_rn(x, c.p.dropout_scale, i % 2 ? of_queries.y : of_queries.x);
     }
     if (at.masked) exclude(dp, c.keys(), query, 0.0f);
   }
 
  private:
-  FC_DEVICE bool keeps(int i) const { return kept[i / 32] >> (i % 32) & 1; }
-
   template <int N>
-  FC_DEVICE void keep(const Consumer<T>& c, int head, int query) {
+  FC_DEVICE static void keep(const Consumer<T>& c, int head, int query,
+                             uint32_t (&kept)[ceil_div(N, 32)]) {
 #pragma unroll
     for (uint32_t& bits : kept) bits = ~0u;
     if (c.p.dropout_threshold == 0) return;

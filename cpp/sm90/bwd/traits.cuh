@@ -23,6 +23,8 @@ struct Traits {
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
+  static constexpr int kCluster = kConfig.cluster;
+  static constexpr int kKeys = kConfig.keys();  // of a block of threads
   static constexpr int kConsumers = BwdConfig::kConsumers;
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kThreads = BwdConfig::kThreads;
@@ -32,21 +34,31 @@ struct Traits {
 
   enum NamedBarrier : int { kMeet = 1, kHeadStart = 2 };  // 0 is __syncthreads
 
-  // Of dK and dV: a consumer keeps 64 keys, or all of the tile's with a part of the columns; or it
-  // keeps the one or the other.
+  // Of dK and dV a consumer keeps 64 keys; or it keeps the one or the other.
   static constexpr bool kByKeys = kConfig.by_keys();
-  static constexpr bool kByGradient = kConfig.by_gradient();
-  static constexpr int kGradientCols = kConfig.by_columns() ? kHeadDim / kConsumers : kHeadDim;
+  static constexpr bool kByCluster = kConfig.by_cluster();
+  // Of the tile, a consumer's.
+  static FC_HD constexpr int first_key(int consumer, int rank) {
+    return 64 * (kByKeys ? consumer : rank);
+  }
   // Queries whose scores a consumer computes, against its 64 keys.
-  static constexpr int kScoreQueries = kByKeys ? kBlockM : kBlockM / kConsumers;
+  static constexpr int kScoreQueries = kConfig.by_gradient() ? kBlockM / kConsumers : kBlockM;
 
-  using Dq = DqLayout<kBlockM, kHeadDim>;
-  static constexpr int kDqPartCols = kByKeys ? Dq::kCols : kPanelCols;  // at a time
+  using Dq = DqLayout<kBlockM, kHeadDim, kConsumers * kCluster>;
+  // Which of the consumers of all blocks of a cluster.
+  static FC_HD constexpr int dq_part(int consumer, int rank) {
+    return consumer + kConsumers * rank;
+  }
+  static FC_HD constexpr int rank_of(int part) { return kCluster == 1 ? 0 : part / kConsumers; }
+  static constexpr int kDqPutCols = kByKeys ? Dq::kCols : kPanelCols;  // at a time
 
   static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
   static constexpr int kDoutBytes = kBlockM * kPanelsV * kPanelBytes;
-  static constexpr int kKBytes = kBlockN * kPanels * kPanelBytes;
-  static constexpr int kVBytes = kBlockN * kPanelsV * kPanelBytes;
+  static constexpr int kKBytes = kKeys * kPanels * kPanelBytes;
+  static constexpr int kVBytes = kKeys * kPanelsV * kPanelBytes;
+  static constexpr int kPeerPanels = kPanels / 2;  // of the other block's K that dQ takes here
+  static constexpr int kDsBytes = kBlockM * kKeys * 2;
+  static constexpr int kDsBuffers = kByCluster ? 1 : 2;
   static constexpr int kStatBytes = kBlockM * 4;
 
   struct Shared {
@@ -54,9 +66,13 @@ struct Traits {
     alignas(1024) char v[kVBytes];
     alignas(1024) char q[kStages][kQBytes];
     alignas(1024) char dout[kStages][kDoutBytes];
-    // dS, and P where registers do not hold it: rows of queries, panels of 64 keys.
-    alignas(1024) char ds[2][kBlockM * kBlockN * 2];
-    alignas(1024) char p[kByKeys ? 1 : 2][kByKeys ? 1024 : kBlockM * kBlockN * 2];
+    // dS, and P where registers do not hold it: rows of queries, panels of 64 keys. In a cluster P
+    // lies where dS is to be.
+    alignas(1024) char ds[kDsBuffers][kDsBytes];
+    alignas(1024) char p[kConfig.by_gradient() ? 2 : 1][kConfig.by_gradient() ? kDsBytes : 1];
+    // The other block's dS, and the columns of its K that dQ takes here.
+    alignas(1024) char peer_ds[kByCluster ? kDsBytes : 1];
+    alignas(1024) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
     alignas(128) float minus_lse[kStages][kBlockM];
     alignas(128) float minus_delta[kStages][kBlockM];
     Work work, next;
@@ -64,14 +80,14 @@ struct Traits {
     bool redo[4 * kConsumers];  // whether a warp has something to repair
     tile::DropoutKey dropout;   // of the call
     Barrier k_ready, v_ready, k_free, v_free;
-    Barrier ds_ready[2], ds_free[2];
+    Barrier ds_ready[kDsBuffers], ds_free[kDsBuffers], p_ready, peer_k_ready;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 
   using ScoreTile = float[kScoreQueries / 2];     // S^T, dP^T: 64 x kScoreQueries
   using ProbTile = uint32_t[kScoreQueries / 4];   // P^T, dS^T: the same, packed to 16 bits
-  using GradientTile = float[kGradientCols / 2];  // dK, dV: 64 x kGradientCols (dV at most)
+  using GradientTile = float[kHeadDim / 2];       // dK, dV: 64 x kHeadDim (dV at most)
   using DqProduct = float[Dq::kProductCols / 2];  // dQ, as the product leaves it
   using DqTile = float[Dq::kCols / 2];            // and what the consumer keeps of it
 };

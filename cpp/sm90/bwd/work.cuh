@@ -33,7 +33,8 @@ struct alignas(16) Work {
 
   // tile.m_block: which key tile of the sequence. Field by field, since the producer has few
   // registers.
-  FC_DEVICE void set(const BwdParams& p, tile::Tile tile, int block_m, int block_n) {
+  // slot: of the sums of dQ, where a block or a cluster has its own.
+  FC_DEVICE void set(const BwdParams& p, tile::Tile tile, int block_m, int block_n, int slot) {
     auto narrow = [](int64_t x) { return static_cast<int>(x); };
     tile::Sequence const seq = tile::sequence_of(p, tile.batch);
     int const n = tile.m_block;
@@ -47,8 +48,7 @@ struct alignas(16) Work {
     written_q = p.cu_seqlens_q ? seqlen_q : p.seqlen_q;
     written_k = p.cu_seqlens_k ? seqlen_k : p.seqlen_k;
     stats = narrow(first_query_block(p, tile.batch, block_m));
-    sums = p.block_slots ? (static_cast<int>(blockIdx.x) - tile.head) * p.group * p.slot_blocks
-                         : stats;
+    sums = p.block_slots ? (slot - tile.head) * p.group * p.slot_blocks : stats;
     key_block = n + (p.cu_seqlens_k ? p.cu_seqlens_k[tile.batch] / block_n + tile.batch
                                     : tile.batch * ceil_div(p.seqlen_k, block_n));
     diagonal = far(seq.q_offset - key);

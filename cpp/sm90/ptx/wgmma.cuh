@@ -30,13 +30,17 @@ FC_DEVICE void pin(float (&r)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
+// The address in a descriptor. In a cluster shared-memory addresses also say which block, in bits
+// that would fall into the next field.
+FC_DEVICE uint64_t descriptor_address(const void* p) { return (smem_address(p) & 0x3ffff) >> 4; }
+
 // S (64 x N) = A B^T over kDepth columns. A: rows_a x kDepth panels in shared memory starting at
 // this warpgroup's row 0; B: rows_b x kDepth, from its first row. Both K-major. With kAdd, S +=.
 // Issues, does not wait.
 template <class T, int N, int kDepth, int kRowsA, int kRowsB = N, bool kAdd = false>
 FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
-  uint64_t const da = k_major_descriptor() | (smem_address(a) >> 4);
-  uint64_t const db = k_major_descriptor() | (smem_address(b) >> 4);
+  uint64_t const da = k_major_descriptor() | descriptor_address(a);
+  uint64_t const db = k_major_descriptor() | descriptor_address(b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     int const panel = k / 4, step = k % 4;
@@ -52,7 +56,7 @@ FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
 // O (64 x N) += P B. P: 64 x kDepth in registers, packed; B: kDepth x N panels, MN-major.
 template <class T, int N, int kDepth>
 FC_DEVICE void gemm_pb(float (&o)[N / 2], const uint32_t (&p)[kDepth / 4], const void* b) {
-  uint64_t const db = mn_major_descriptor(kDepth) | (smem_address(b) >> 4);
+  uint64_t const db = mn_major_descriptor(kDepth) | descriptor_address(b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
     Wgmma<T, N>::template rs<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3],
@@ -60,17 +64,17 @@ FC_DEVICE void gemm_pb(float (&o)[N / 2], const uint32_t (&p)[kDepth / 4], const
 }
 
 // C (64 x N) = A B. A: this warpgroup's row 0 of rows_a x kDepth panels, K-major; B: kDepth rows,
-// MN-major, from the panel of its first column on. Both in shared memory.
-template <class T, int N, int kDepth, int kRowsA>
+// MN-major, from the panel of its first column on. Both in shared memory. With kAdd, C += A B.
+template <class T, int N, int kDepth, int kRowsA, bool kAdd = false>
 FC_DEVICE void gemm_ab(float (&c)[N / 2], const void* a, const void* b) {
-  uint64_t const da = k_major_descriptor() | (smem_address(a) >> 4);
-  uint64_t const db = mn_major_descriptor(kDepth) | (smem_address(b) >> 4);
+  uint64_t const da = k_major_descriptor() | descriptor_address(a);
+  uint64_t const db = mn_major_descriptor(kDepth) | descriptor_address(b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     int const panel = k / 4, step = k % 4;
     uint64_t const a_k = da + ((panel * kRowsA * kPanelBytes + step * 32) >> 4);
     uint64_t const b_k = db + ((k * 16 * kPanelBytes) >> 4);
-    if (k == 0)
+    if (k == 0 && !kAdd)
       Wgmma<T, N>::template ss_first<0, 1>(c, a_k, b_k);
     else
       Wgmma<T, N>::template ss<0, 1>(c, a_k, b_k);
@@ -81,8 +85,8 @@ FC_DEVICE void gemm_ab(float (&c)[N / 2], const void* a, const void* b) {
 // column on. Both MN-major, in shared memory.
 template <class T, int N, int kDepth>
 FC_DEVICE void gemm_atb(float (&c)[N / 2], const void* a, const void* b) {
-  uint64_t const da = mn_major_descriptor(kDepth) | (smem_address(a) >> 4);
-  uint64_t const db = mn_major_descriptor(kDepth) | (smem_address(b) >> 4);
+  uint64_t const da = mn_major_descriptor(kDepth) | descriptor_address(a);
+  uint64_t const db = mn_major_descriptor(kDepth) | descriptor_address(b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
     Wgmma<T, N>::template ss<1, 1>(c, da + ((k * 16 * kPanelBytes) >> 4),

@@ -1,0 +1,43 @@
+// Clusters: blocks of threads that run side by side and reach each other's shared memory.
+#pragma once
+#include "sm90/ptx/barrier.cuh"
+
+namespace flashcore::sm90 {
+
+FC_DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks that have not ended meet.
+FC_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Where an address of this block's shared memory is in that of block `rank`.
+FC_DEVICE uint32_t address_in(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+// Arrives at the barrier that is here in block `rank`; it may be this one.
+FC_DEVICE void arrive_in(Barrier& barrier, uint32_t rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
+                   address_in(smem_address(&barrier), rank))
+               : "memory");
+}
+
+// `bytes` contiguous bytes -> shared memory of block `rank`, where `to` and `barrier` are here.
+FC_DEVICE void copy_to(uint32_t rank, void* to, const void* from, uint32_t bytes,
+                       Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(address_in(smem_address(to), rank)),
+      "r"(smem_address(from)), "r"(bytes), "r"(address_in(smem_address(&barrier), rank))
+      : "memory");
+}
+
+}  // namespace flashcore::sm90
