@@ -94,7 +94,7 @@ struct Division {
   int64_t n_blocks;     // key tiles of the longest sequence
   int64_t tiles;        // of all heads; for a packed batch a bound
   int64_t pairs;        // of batch and key head
-  int clusters;  // or blocks, if they work alone
+  int clusters;         // or blocks, if they work alone
   bool whole_heads;
   bool block_slots;         // sums of dQ for the heads in the making alone, not for all
   int64_t slot_blocks;      // query blocks of such sums

@@ -48,7 +48,8 @@ FC_DEVICE void add_sums(float (&dq)[N], const float* from, int quads) {
 template <class T, int kFirst>
 FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int part, int head, int m) {
   return dq_block<T>(p, work.sums + head * p.slot_blocks + m) +
-         T::Dq::offset(thread_index() - 128 + T::kConsumerThreads * T::rank_of(part)) + 128 * kFirst;
+         T::Dq::offset(thread_index() - 128 + T::kConsumerThreads * T::rank_of(part)) +
+         128 * kFirst;
 }
 
 // What the consumer keeps of a product.
@@ -62,8 +63,8 @@ FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& prod
 
 // Where dQ goes from here: to those sums, or to its rows.
 template <class T, int kFirst, int N>
-FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, int m,
-                      float* sums, float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
+FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, int m, float* sums,
+                      float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(part) - kFirst;
   if (!p.whole_heads || (m >= work.complete && m < work.fresh)) {
@@ -75,7 +76,8 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
     if (p.redo_queries && broken(dq)) {
       int const thread = thread_index() - 128;
       if (thread % 32 == 0) {
-        *redo_queries(p, work, head, m, thread / 32 * 2 + (T::kByCluster ? T::rank_of(part) : kFirst > 0)) = 1;
+        *redo_queries(p, work, head, m,
+                      thread / 32 * 2 + (T::kByCluster ? T::rank_of(part) : kFirst > 0)) = 1;
         redo[thread / 32] = true;
       }
       return;

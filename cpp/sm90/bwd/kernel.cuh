@@ -18,6 +18,7 @@
 #include "sm90/bwd/steps_by_gradient.cuh"
 #include "sm90/bwd/steps_by_keys.cuh"
 #include "sm90/bwd/store.cuh"
+#include "sm90/ptx/launch.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -38,6 +39,7 @@ struct Kernel {
     prefetch_tensor_map(p.k.boxes);
     prefetch_tensor_map(p.v.boxes);
     prefetch_tensor_map(p.dout.boxes);
+    wait_for_kernel_before();  // so consumers do, too: they begin with what is fetched after it
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
@@ -63,6 +65,7 @@ struct Kernel {
       parity ^= 1;
     }
     sh.k_ready.arrive();
+    let_next_kernel_begin();
   }
 
   // K, V and the query blocks in the order in which they are used.
@@ -102,9 +105,9 @@ struct Kernel {
     }
   }
 
-  // kRows rows from column `col` on, one box per panel, and the rows' statistics if there are any. Rows past the
-  // end of the sequence become zeros, whatever is there: what they are multiplied with is zero, and
-  // 0 * NaN is not. Columns past the end do, too.
+  // kRows rows from column `col` on, one box per panel, and the rows' statistics if there are any.
+  // Rows past the end of the sequence become zeros, whatever is there: what they are multiplied
+  // with is zero, and 0 * NaN is not. Columns past the end do, too.
   template <int kRows, int kPanels>
   FC_DEVICE static void load(char* smem, const TensorMaps& maps, Barrier& ready, int row, int valid,
                              int head, int batch, uint64_t policy, float* stats = nullptr,

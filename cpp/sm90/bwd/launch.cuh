@@ -9,6 +9,25 @@
 
 namespace flashcore::sm90::bwd {
 
+// In clusters of `cluster` blocks. Blocks that are none may begin while the kernel before is
+// ending; clusters took longer then.
+inline cudaError_t launch_behind(void (*kernel)(BwdParams), const BwdParams& params, int blocks,
+                                 int threads, int shared_bytes, int cluster, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = cluster == 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  config.blockDim = {static_cast<unsigned>(threads), 1, 1};
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 template <BwdConfig kConfig>
 void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream) {
   using T = Traits<kConfig>;
@@ -27,21 +46,14 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");
   }
   if (blocks > 0) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {T::kCluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = {static_cast<unsigned>(blocks), 1, 1};
-    config.blockDim = {T::kThreads, 1, 1};
-    config.dynamicSmemBytes = kBytes;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    cuda::check(cudaLaunchKernelEx(&config, flash_bwd_sm90<T>, params), "flash_bwd_sm90");
+    cuda::check(
+        launch_behind(flash_bwd_sm90<T>, params, blocks, T::kThreads, kBytes, T::kCluster, stream),
+        "flash_bwd_sm90");
   }
   if (params.dq.data && !params.whole_heads && query_blocks > 0) {
-    flash_bwd_sm90_postprocess<T><<<query_blocks, T::Dq::kThreads, 0, stream>>>(params);
-    cuda::check(cudaGetLastError(), "flash_bwd_sm90_postprocess");
+    cuda::check(launch_behind(flash_bwd_sm90_postprocess<T>, params, query_blocks, T::Dq::kThreads,
+                              0, 1, stream),
+                "flash_bwd_sm90_postprocess");
   }
 }
 

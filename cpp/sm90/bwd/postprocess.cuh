@@ -2,6 +2,7 @@
 #pragma once
 #include "sm90/bwd/dq.cuh"
 #include "sm90/bwd/store.cuh"
+#include "sm90/ptx/launch.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -10,6 +11,7 @@ namespace flashcore::sm90::bwd {
 template <class T>
 __global__ void __launch_bounds__(T::Dq::kThreads)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
+  wait_for_kernel_before();
   int const head = blockIdx.x / p.head_blocks;
   QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);
   if (at.written <= 0) return;

@@ -1,6 +1,7 @@
 // What the main kernel needs per query row, and zeros where it adds, or where it never comes.
 #pragma once
 #include "sm90/bwd/dq.cuh"
+#include "sm90/ptx/launch.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -47,6 +48,7 @@ template <class T>
 __global__ void __launch_bounds__(kPreprocessThreads)
     flash_bwd_sm90_preprocess(const __grid_constant__ BwdParams p) {
   using Element = typename T::Element;
+  let_next_kernel_begin();
   constexpr int kLanes = T::kPanelsV > 2 ? 32 : 8 * T::kPanelsV;  // of one row, 16 bytes each
   constexpr int kRows = kPreprocessThreads / kLanes;
   static_assert(T::kBlockM % kRows == 0 && kLanes <= 32);

@@ -36,14 +36,14 @@ struct SharedScores {
   FC_DEVICE static void make_p(const Consumer& c, typename T::ScoreTile& rS, int buffer, Step at) {
     typename T::ProbTile rP;
     Scores<T>::probabilities(c, rS, rP, at, at.m * T::kBlockM + c.index * kQueries,
-                         c.sh.minus_lse[c.ring.stage] + c.index * kQueries);
+                             c.sh.minus_lse[c.ring.stage] + c.index * kQueries);
     store_transposed(c.sh.p[buffer], rP, c.index * kQueries / 16);
   }
   // dP^T and P^T -> dS^T, and dS to shared memory.
-  FC_DEVICE static void make_ds(const Consumer& c, const typename T::ScoreTile& rP, typename T::ScoreTile& rdP,
-                                int buffer, Step at) {
+  FC_DEVICE static void make_ds(const Consumer& c, const typename T::ScoreTile& rP,
+                                typename T::ScoreTile& rdP, int buffer, Step at) {
     Scores<T>::gradients(c, rdP, rP, at, at.m * T::kBlockM + c.index * kQueries,
-                     c.sh.minus_delta[c.ring.stage] + c.index * kQueries);
+                         c.sh.minus_delta[c.ring.stage] + c.index * kQueries);
     typename T::ProbTile rdS;
     pack_tile<Element>(rdS, rdP);
     store_transposed(c.sh.ds[buffer], rdS, c.index * kQueries / 16);

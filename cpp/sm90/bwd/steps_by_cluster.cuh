@@ -3,14 +3,14 @@
 // in the registers of the one as the A operand of dV, and dP^T = V dO^T dS^T in those of the other
 // as that of dK. A thread of the second needs just the P that its twin in the first has.
 //
-// dQ sums over the keys of both blocks. They trade dS, and each makes dQ of half of the columns, for
-// which it also holds those columns of the other's K: so each adds half as much to memory, which is
-// what would limit this head dim.
+// dQ sums over the keys of both blocks. They trade dS, and each makes dQ of half of the columns,
+// for which it also holds those columns of the other's K: so each adds half as much to memory,
+// which is what would limit this head dim.
 //     first consumer    S(m+1) | dV(m)   P(m) to its twin | P(m+1)                | dQ(m) to memory
 //     second consumer            dS(m) | dK(m)   dS(m) to both blocks | dQ(m)     | dP(m+1)
 //
 // There is room for one dS only. So P(m+1), which lies in its place at first, is handed over when
-// all four consumers are past dQ(m).
+// all four consumers are past dQ(m). Its barriers' parity alternates as the two stages of Q do.
 #pragma once
 #include "sm90/bwd/dq.cuh"
 #include "sm90/bwd/terms.cuh"
@@ -26,6 +26,7 @@ struct StepsByCluster {
   using ScoreTile = typename T::ScoreTile;
   using ProbTile = typename T::ProbTile;
   static constexpr int kIndex = kFirst ? 0 : 1;
+  static_assert(T::kStages == 2);  // or a stage would not tell the parity of dS
 
   FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
     // Its registers stay its own: they are read for a while after it was added to memory, and who
@@ -88,10 +89,10 @@ struct StepsByCluster {
   }
 
   // Issues dQ of this consumer's columns over the keys of both blocks, when their dS are there.
-  FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqTile& rdQ) {
+  FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqTile& rdQ, uint32_t parity) {
     constexpr int kPanel = T::kKeys * kPanelBytes;
     constexpr int kCols = T::Dq::kCols;
-    c.sh.ds_ready[0].wait(c.ds.parity);
+    c.sh.ds_ready[0].wait(parity);
     wgmma_fence();
     gemm_ab<Element, kCols, T::kKeys, T::kBlockM>(
         rdQ, c.sh.ds[0], c.sh.k + (c.rank * T::kPeerPanels + kIndex) * kPanel);
@@ -110,8 +111,8 @@ struct StepsByCluster {
                  dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), rdQ, c.sh.redo);
   }
 
-  // Query block m of one head, whose P is in rP; with kNext leaves the next one's there. Adds the dQ of
-  // the step before, and leaves its own: handing P over comes first.
+  // Query block m of one head, whose P is in rP; with kNext leaves the next one's there. Adds the
+  // dQ of the step before, and leaves its own: handing P over comes first.
   template <bool kNext>
   FC_DEVICE static Step first_step(const Consumer& c, ProbTile& rP, ProbTile& rX,
                                    typename T::DqTile& rdQ, Step at, Step before) {
@@ -123,7 +124,7 @@ struct StepsByCluster {
     wgmma_fence();
     gemm_pb<Element, T::kHeadDimV, T::kBlockM>(c.rdV, rP, sh.dout[stage]);
     wgmma_commit();
-    sh.ds_free[0].wait(c.ds.parity ^ 1);
+    sh.ds_free[0].wait(stage ^ 1);
     store_transposed(sh.ds[0], T::kTerms ? rX : rP, 0);
     c.release(sh.p_ready);
     c.ring.advance();
@@ -140,11 +141,10 @@ struct StepsByCluster {
       pin(rP);
     }
     pin(rdQ);
-    issue_dq(c, rdQ);
+    issue_dq(c, rdQ, stage);
     wgmma_wait<0>();
     pin(rdQ);
     release_ds(c);
-    c.ds.advance();
     return next;
   }
 
@@ -156,7 +156,7 @@ struct StepsByCluster {
     int const stage = c.ring.stage;
     ProbTile rP, rdS;
 
-    sh.p_ready.wait(c.ds.parity);
+    sh.p_ready.wait(stage);
     load_transposed(rP, sh.ds[0], 0);
     wgmma_wait<0>();
     pin(rdP);
@@ -176,7 +176,7 @@ struct StepsByCluster {
     Step const next = kNext ? c.step_after(at) : at;
 
     pin(rdQ);
-    issue_dq(c, rdQ);
+    issue_dq(c, rdQ, stage);
     c.ring.advance();
     if constexpr (kNext) issue_dp(c, rdP);
     wgmma_wait<kNext ? 2 : 1>();
@@ -184,7 +184,6 @@ struct StepsByCluster {
     wgmma_wait<kNext ? 1 : 0>();
     pin(rdQ);
     release_ds(c);
-    c.ds.advance();
     put(c, at, rdQ);
     return next;
   }

@@ -49,8 +49,8 @@ struct StepsByGradient {
   FC_DEVICE static void put(const Consumer& c, Step at, DqPanel& rdQ) {
     constexpr int kQuads = kPanelCols / 8;
     put_dq<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m,
-                               dq_sums<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m), rdQ,
-                               c.sh.redo);
+                               dq_sums<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m),
+                               rdQ, c.sh.redo);
   }
 
   // Query block m of one head, whose P and dS are in `buffer`; with kNext also makes the next ones.

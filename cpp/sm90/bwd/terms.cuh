@@ -5,8 +5,8 @@
 //     P = exp(score - lse)                                dV = (kept P)^T dO / (1 - p)
 //     dS = P (1 - t^2 if softcap) (kept dP / (1 - p) - delta)
 //
-// The two have the same verbs. s becomes what dS is a multiple of, negative where dropout dropped the
-// score, and `packed` what dV multiplies.
+// The two have the same verbs. s becomes what dS is a multiple of, negative where dropout dropped
+// the score, and `packed` what dV multiplies.
 #pragma once
 #include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dropout.h"
@@ -20,15 +20,15 @@ struct PlainScores {
 
   // query: the first of s, of the sequence.
   template <int N>
-  FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N], uint32_t (&packed)[N / 2],
-                               Step at, int query, const float*) {
+  FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N],
+                                      uint32_t (&packed)[N / 2], Step at, int query, const float*) {
     if (at.masked) exclude(s, c.keys(), query, -INFINITY);
     exponentiate(s, c.p.scale_log2);
     pack_tile<Element>(packed, s);
   }
   template <int N>
-  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step at,
-                           int query, const float*) {
+  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N],
+                                  Step at, int query, const float*) {
     differentiate(dp, s);
     if (at.masked) exclude(dp, c.keys(), query, 0.0f);
   }
@@ -40,8 +40,9 @@ struct TermScores {
   using Element = typename T::Element;
   using Step = typename Consumer<T>::Step;
   template <int N>
-  FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N], uint32_t (&packed)[N / 2],
-                               Step at, int query, const float* minus_lse) {
+  FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N],
+                                      uint32_t (&packed)[N / 2], Step at, int query,
+                                      const float* minus_lse) {
     const BwdParams& p = c.p;
     uint32_t kept[ceil_div(N, 32)];  // with dropout, a bit per score of this thread
     keep<N>(c, at.head, query, kept);
@@ -87,8 +88,8 @@ struct TermScores {
   }
 
   template <int N>
-  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step at,
-                           int query, const float* minus_delta) {
+  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N],
+                                  Step at, int query, const float* minus_delta) {
     const float2* const pairs = reinterpret_cast<const float2*>(minus_delta) + thread_index() % 4;
 #pragma unroll
     for (int i = 0; i < N; ++i) {

@@ -25,9 +25,9 @@ FC_DEVICE uint32_t address_in(uint32_t address, uint32_t rank) {
 
 // Arrives at the barrier that is here in block `rank`; it may be this one.
 FC_DEVICE void arrive_in(Barrier& barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                   address_in(smem_address(&barrier), rank))
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(smem_address(&barrier), rank))
+      : "memory");
 }
 
 // `bytes` contiguous bytes -> shared memory of block `rank`, where `to` and `barrier` are here.

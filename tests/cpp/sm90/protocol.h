@@ -45,10 +45,11 @@ struct Buffer {
 };
 
 struct Op {
-  enum Kind { wait, load, write, begin_read, end_read, arrive } kind;
+  enum Kind { wait, load, write, begin_read, end_read, arrive, expect, copy } kind;
   int barrier = -1, buffer = -1;
   uint32_t parity = 0;
   int value = -1;  // what is loaded or written, or must be found
+  int from = -1;   // what a copy reads until it lands; the barrier must expect it, now or later
 };
 using Program = std::vector<Op>;
 
@@ -62,7 +63,7 @@ struct Machine {
   bool run(std::mt19937& random) {
     std::vector<size_t> at(programs.size(), 0);
     struct Copy {
-      int barrier, buffer, value;
+      int barrier, buffer, value, from;
     };
     std::vector<Copy> in_flight;
     for (;;) {
@@ -84,6 +85,7 @@ struct Machine {
         in_flight.erase(in_flight.begin() + static_cast<long>(i));
         CHECK_EQ(buffers[copy.buffer].readers, 0);
         buffers[copy.buffer].holds = copy.value;
+        if (copy.from >= 0) --buffers[copy.from].readers;
         barriers[copy.barrier].deliver();
         continue;
       }
@@ -94,7 +96,7 @@ struct Machine {
         case Op::load:
           CHECK_EQ(buffers[op.buffer].readers, 0);
           barriers[op.barrier].expect();
-          in_flight.push_back({op.barrier, op.buffer, op.value});
+          in_flight.push_back({op.barrier, op.buffer, op.value, -1});
           break;
         case Op::write:
           CHECK_EQ(buffers[op.buffer].readers, 0);
@@ -109,6 +111,14 @@ struct Machine {
           break;
         case Op::arrive:
           barriers[op.barrier].arrive();
+          break;
+        case Op::expect:
+          barriers[op.barrier].expect();
+          break;
+        case Op::copy:
+          CHECK_EQ(buffers[op.from].holds, op.value);
+          ++buffers[op.from].readers;
+          in_flight.push_back({op.barrier, op.buffer, op.value, op.from});
           break;
       }
     }

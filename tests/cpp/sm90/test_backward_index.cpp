@@ -172,12 +172,12 @@ TEST("long and short tiles alternate from sequence to sequence, and the last one
 namespace {
 
 // Every element of a query block of dQ: computed where it belongs, and once in memory.
-template <int kBlockM, int kHeadDim>
+template <int kBlockM, int kHeadDim, int kConsumers = 2>
 void check_dq_layout() {
-  using Dq = DqLayout<kBlockM, kHeadDim>;
+  using Dq = DqLayout<kBlockM, kHeadDim, kConsumers>;
   std::set<std::pair<int, int>> elements;
   std::set<int> places;
-  for (int thread = 0; thread < 256; ++thread) {
+  for (int thread = 0; thread < Dq::kThreads; ++thread) {
     int const consumer = thread / 128;
     CHECK_EQ(Dq::panel(consumer) * kPanelCols + Dq::kept(consumer), Dq::col(consumer));
     CHECK(Dq::quads(consumer) <= Dq::kCols / 8);
@@ -210,6 +210,7 @@ TEST("the consumers' parts of dQ are the tile, and its sums fill their memory") 
   check_dq_layout<64, 128>();
   check_dq_layout<64, 192>();
   check_dq_layout<64, 256>();
+  check_dq_layout<64, 256, 4>();  // of two blocks
 }
 
 TEST("threads that trade halves of two Philox calls get the bits of the scores they hold") {

@@ -1,5 +1,5 @@
-// The barrier protocol of the Hopper backward kernels, as in cpp/sm90/bwd: kernel.cuh,
-// steps_by_keys.cuh, steps_by_columns.cuh, steps_by_gradient.cuh.
+// The barrier protocol of the Hopper backward kernels that work alone, as in cpp/sm90/bwd:
+// kernel.cuh, steps_by_keys.cuh, steps_by_gradient.cuh.
 #include <initializer_list>
 
 #include "protocol.h"
@@ -11,7 +11,7 @@ using flashcore::tile::Ring;
 namespace {
 
 constexpr int kWarps = 8;
-enum class Steps { by_keys, by_columns, by_gradient };
+enum class Steps { by_keys, by_gradient };
 constexpr int kNoWork = -2;
 
 template <int kStages>
@@ -229,12 +229,12 @@ struct Backward : Machine {
       meet();
       for (int i = 0; i < steps; ++i) {
         int const stage = ring.stage, buffer = i % 2;
-        bool const all_of_it = kind == Steps::by_columns, has_dv = index < kWarps / 2;
+        bool const has_dv = index < kWarps / 2;
         std::vector<Read> products = join({all(ds, buffer, value(t, i, 4)), sK});  // dQ, left
-        if (all_of_it || has_dv)
+        if (has_dv)
           products =
               join({products, {{dout(stage), value(t, i, 3)}}, all(p, buffer, value(t, i, 5))});
-        if (all_of_it || !has_dv) products = join({products, {{q(stage), value(t, i, 2)}}});
+        if (!has_dv) products = join({products, {{q(stage), value(t, i, 2)}}});
         auto const right = join({all(ds, buffer, value(t, i, 4)), sK});
         ring.advance();
         if (i + 1 < steps) {
@@ -243,11 +243,11 @@ struct Backward : Machine {
         }
         begin(products);
         if (i + 1 < steps) make(i + 1);
-        bool const two_parts = all_of_it || has_dv;  // of dQ
-        if (two_parts) begin(right);
+        if (has_dv) begin(right);  // of dQ
+
         end(products);
         arrive(free_(stage));
-        if (two_parts) end(right);
+        if (has_dv) end(right);
         meet();
       }
       arrive(v_free);
@@ -269,7 +269,7 @@ void play(Steps kind, std::mt19937& random) {
 
 TEST("no order of events deadlocks, overwrites or reads stale data") {
   std::mt19937 random(1);
-  for (Steps kind : {Steps::by_keys, Steps::by_columns, Steps::by_gradient}) {
+  for (Steps kind : {Steps::by_keys, Steps::by_gradient}) {
     play<2>(kind, random);
     play<3>(kind, random);
   }
@@ -288,17 +288,16 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
         return machine;
       },
       random));
-  for (Steps kind : {Steps::by_columns, Steps::by_gradient})
-    CHECK(caught(
-        [kind] {
-          Backward<2> machine(kind, {5});
-          for (Program& program : machine.programs)
-            for (Op& op : program)
-              if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
-                op.buffer -= kWarps;
-          return machine;
-        },
-        random));
+  CHECK(caught(
+      [] {
+        Backward<2> machine(Steps::by_gradient, {5});
+        for (Program& program : machine.programs)
+          for (Op& op : program)
+            if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
+              op.buffer -= kWarps;
+        return machine;
+      },
+      random));
 }
 
 TEST("the model notices a stage released before dK has read it") {
