@@ -28,11 +28,14 @@ struct BwdConfig {
   constexpr bool by_keys() const { return keys() == 128; }
   constexpr bool by_gradient() const { return keys() == 64 && cluster == 1; }
   constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
+  // Where one block could do it, two are for calls whose tiles leave multiprocessors idle.
+  constexpr bool few() const { return by_cluster() && head_dim <= 128; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && cluster == 1 && head_dim == head_dim_v &&
              ((head_dim <= 64 && block_m == 128) || (head_dim <= 128 && block_m == 64))) ||
-            (by_cluster() && block_m == 64 && head_dim == 256 && head_dim_v == 256) ||
+            (by_cluster() && block_m == 64 && (head_dim == 128 || head_dim == 256) &&
+             head_dim == head_dim_v) ||
             (by_gradient() && block_m == 64 && head_dim == 192 &&
              (head_dim_v == 128 || head_dim_v == 192)));
   }

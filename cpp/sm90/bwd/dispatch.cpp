@@ -59,11 +59,24 @@ int64_t rows_k(const Problem& p) { return p.cu_seqlens_k ? p.total_k : p.seqlen_
 // What only kernels with terms compute.
 bool has_terms(const Problem& p) { return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold; }
 
+// The key tiles there are; for a packed batch a bound.
+int64_t most_tiles(const BwdConfig& c, const Problem& p) {
+  if (rows_k(p) == 0) return 0;
+  return p.num_heads_kv * (p.cu_seqlens_k ? p.total_k / c.block_n + p.batch
+                                          : p.batch * ceil_div<int64_t>(p.seqlen_k, c.block_n));
+}
+
 std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
   if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
   if (std::string why = unbuilt(p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
+  if (c.few()) {
+    // With a mask tiles differ, and more of them fill the gaps.
+    int64_t const most =
+        cuda::devices()[p.device_id].multiprocessors / (p.window.open() ? c.cluster : 1);
+    if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
+  }
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
     return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
@@ -106,9 +119,7 @@ struct Division {
     head_blocks = query_blocks(p, p.total_q, c.block_m);
     n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
     pairs = p.batch * p.num_heads_kv;
-    tiles = rows_k(p) == 0   ? 0
-            : p.cu_seqlens_k ? p.num_heads_kv * (p.total_k / c.block_n + p.batch)
-                             : pairs * n_blocks;
+    tiles = most_tiles(c, p);
     int const processors = cuda::devices()[p.device_id].multiprocessors;
     whole_heads = p.deterministic || n_blocks <= 1;
     clusters = static_cast<int>(
@@ -283,7 +294,8 @@ std::vector<Kernel> table() {
     BwdConfig const& c = i.config;
     names.push_back(text("sm90-bwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v),
-                         c.terms ? "-terms" : "", "-", c.block_m, "x", c.block_n));
+                         c.terms ? "-terms" : "", c.few() ? "-few-" : "-", c.block_m, "x",
+                         c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;
     info.direction = FLASHCORE_BACKWARD;

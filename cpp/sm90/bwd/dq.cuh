@@ -54,11 +54,12 @@ FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int part, int hea
 
 // What the consumer keeps of a product.
 template <class T>
-FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& product, int consumer) {
+FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& product, int part) {
   constexpr int kCount = T::Dq::kCols / 2;
+  constexpr bool kHalf = T::Dq::kProductCols > T::Dq::kCols;
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
-    dq[i] = T::Dq::kTwice && consumer == 1 ? product[i + kCount] : product[i];
+    dq[i] = kHalf && T::Dq::kept(part) > 0 ? product[i + kCount] : product[i];
 }
 
 // Where dQ goes from here: to those sums, or to its rows.

@@ -3,8 +3,8 @@
 //
 // dQ of a step is one block_m x head_dim tile. A consumer takes 64 rows of it; or, of 64 rows, some
 // columns, and the second consumer what there is left. A product begins with a panel of K, so
-// within one panel both consumers compute all columns, and each keeps its own. The blocks of a
-// cluster share dQ as if their consumers were those of one.
+// consumers whose columns are in one panel all compute that, and each keeps its own. The blocks of
+// a cluster share dQ as if their consumers were those of one.
 //
 // In memory there are block_m * head_dim floats per query block, in the order in which threads hold
 // them: first by warp of the consumers, then by quad of registers, then by lane. So a warp adds 512
@@ -19,20 +19,21 @@ struct DqLayout {
   static constexpr int kThreads = 128 * kConsumers;
   static constexpr bool kByRows = kBlockM == 128;
   static_assert(kByRows || kBlockM == 64);
-  static constexpr bool kTwice = !kByRows && kHeadDim <= kPanelCols;
   // Of the first consumer.
-  static constexpr int kCols = kByRows  ? kHeadDim
-                               : kTwice ? kHeadDim / 2
-                                        : round_up(kHeadDim / kConsumers, kPanelCols);
-  static constexpr int kProductCols = kTwice ? kHeadDim : kCols;
+  static constexpr int kShare = kHeadDim / kConsumers;
+  static constexpr int kCols = kByRows                    ? kHeadDim
+                               : kPanelCols % kShare == 0 ? kShare
+                                                          : round_up(kShare, kPanelCols);
+  static constexpr int kProductCols = kByRows ? kCols : max_of(kCols, kPanelCols);
+  static_assert(kProductCols <= 2 * kCols);
   static constexpr bool kEven = kByRows || kHeadDim == kConsumers * kCols;
 
   // Where the consumer's part begins in the tile.
   static FC_HD constexpr int row(int consumer) { return kByRows ? 64 * consumer : 0; }
   static FC_HD constexpr int col(int consumer) { return kByRows ? 0 : kCols * consumer; }
   // Where its product begins, and the first column of that which it keeps.
-  static FC_HD constexpr int panel(int consumer) { return kTwice ? 0 : col(consumer) / kPanelCols; }
-  static FC_HD constexpr int kept(int consumer) { return kTwice ? col(consumer) : 0; }
+  static FC_HD constexpr int panel(int consumer) { return col(consumer) / kPanelCols; }
+  static FC_HD constexpr int kept(int consumer) { return col(consumer) % kPanelCols; }
 
   // A thread holds a quad of floats per 8 columns: two each of its two rows.
   static FC_HD constexpr int quads(int consumer) {

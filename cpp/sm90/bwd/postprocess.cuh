@@ -9,7 +9,7 @@ namespace flashcore::sm90::bwd {
 // One block of threads takes one query block of one head; thread t holds what consumer thread t of
 // the main kernel, or of its cluster, held.
 template <class T>
-__global__ void __launch_bounds__(T::Dq::kThreads)
+__global__ void __launch_bounds__(T::Dq::kThreads, 1)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
   wait_for_kernel_before();
   int const head = blockIdx.x / p.head_blocks;

@@ -1,4 +1,5 @@
-// The steps of a tile of 128 keys that two blocks of a cluster share, 64 each (head dim 256). In a
+// The steps of a tile of 128 keys that two blocks of a cluster share, 64 each (head dim 256; 128 in
+// calls of few tiles). In a
 // block one consumer keeps dV and makes P, the other keeps dK and makes dS: S^T = K Q^T leaves P^T
 // in the registers of the one as the A operand of dV, and dP^T = V dO^T dS^T in those of the other
 // as that of dK. A thread of the second needs just the P that its twin in the first has.
@@ -25,13 +26,14 @@ struct StepsByCluster {
   using Step = typename Consumer::Step;
   using ScoreTile = typename T::ScoreTile;
   using ProbTile = typename T::ProbTile;
+  using DqProduct = typename T::DqProduct;
   static constexpr int kIndex = kFirst ? 0 : 1;
   static_assert(T::kStages == 2);  // or a stage would not tell the parity of dS
 
   FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
     // Its registers stay its own: they are read for a while after it was added to memory, and who
     // wants to write them waits for that.
-    typename T::DqTile rdQ;
+    DqProduct rdQ;
     Step at = c.first_step();
     c.sh.peer_k_ready.wait(parity);
     if constexpr (kFirst) {
@@ -89,15 +91,15 @@ struct StepsByCluster {
   }
 
   // Issues dQ of this consumer's columns over the keys of both blocks, when their dS are there.
-  FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqTile& rdQ, uint32_t parity) {
-    constexpr int kPanel = T::kKeys * kPanelBytes;
-    constexpr int kCols = T::Dq::kCols;
+  FC_DEVICE static void issue_dq(const Consumer& c, DqProduct& rdQ, uint32_t parity) {
+    constexpr int kPanelSize = T::kKeys * kPanelBytes, kCols = T::Dq::kProductCols;
+    int const panel = T::Dq::panel(kIndex);  // of those whose dQ is made in this block
     c.sh.ds_ready[0].wait(parity);
     wgmma_fence();
     gemm_ab<Element, kCols, T::kKeys, T::kBlockM>(
-        rdQ, c.sh.ds[0], c.sh.k + (c.rank * T::kPeerPanels + kIndex) * kPanel);
+        rdQ, c.sh.ds[0], c.sh.k + (c.rank * T::kPeerPanels + panel) * kPanelSize);
     gemm_ab<Element, kCols, T::kKeys, T::kBlockM, true>(rdQ, c.sh.peer_ds,
-                                                        c.sh.peer_k + kIndex * kPanel);
+                                                        c.sh.peer_k + panel * kPanelSize);
     wgmma_commit();
   }
   // Both blocks may write dS again.
@@ -105,17 +107,18 @@ struct StepsByCluster {
     __syncwarp();
     if (threadIdx.x % 32 < T::kCluster) arrive_in(c.sh.ds_free[0], threadIdx.x % 32);
   }
-  FC_DEVICE static void put(const Consumer& c, Step at, typename T::DqTile& rdQ) {
+  FC_DEVICE static void put(const Consumer& c, Step at, DqProduct& rdQ) {
     int const part = T::dq_part(kIndex, c.rank);
+    auto& dq = reinterpret_cast<typename T::DqTile&>(rdQ[T::Dq::kept(kIndex) / 2]);  // what it keeps
     put_dq<T, 0>(c.p, c.work(), part, at.head, at.m,
-                 dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), rdQ, c.sh.redo);
+                 dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), dq, c.sh.redo);
   }
 
   // Query block m of one head, whose P is in rP; with kNext leaves the next one's there. Adds the
   // dQ of the step before, and leaves its own: handing P over comes first.
   template <bool kNext>
-  FC_DEVICE static Step first_step(const Consumer& c, ProbTile& rP, ProbTile& rX,
-                                   typename T::DqTile& rdQ, Step at, Step before) {
+  FC_DEVICE static Step first_step(const Consumer& c, ProbTile& rP, ProbTile& rX, DqProduct& rdQ,
+                                   Step at, Step before) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
     ScoreTile rS;
@@ -150,8 +153,7 @@ struct StepsByCluster {
 
   // The same, with its dP in rdP or on the way there.
   template <bool kNext>
-  FC_DEVICE static Step second_step(const Consumer& c, ScoreTile& rdP, typename T::DqTile& rdQ,
-                                    Step at) {
+  FC_DEVICE static Step second_step(const Consumer& c, ScoreTile& rdP, DqProduct& rdQ, Step at) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
     ProbTile rP, rdS;

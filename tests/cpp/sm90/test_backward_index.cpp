@@ -210,7 +210,8 @@ TEST("the consumers' parts of dQ are the tile, and its sums fill their memory") 
   check_dq_layout<64, 128>();
   check_dq_layout<64, 192>();
   check_dq_layout<64, 256>();
-  check_dq_layout<64, 256, 4>();  // of two blocks
+  check_dq_layout<64, 128, 4>();  // of two blocks
+  check_dq_layout<64, 256, 4>();
 }
 
 TEST("threads that trade halves of two Philox calls get the bits of the scores they hold") {
