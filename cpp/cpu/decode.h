@@ -92,15 +92,34 @@ FC_INLINE void ask_for(const E* p, int64_t c) {
   if (c % line == 0) __builtin_prefetch(p + c, 0, 2);
 }
 
-// Lane i of the result is the sum of x[i], by halving: kLanes reductions for the price of two.
+// Lane i of the result is the sum of x[i], by halving: kLanes reductions for the price of two. Each
+// sum takes one vector as it lies (a blend) and one with its halves exchanged (a shuffle).
 template <class T>
 FC_INLINE Vec<T> reduce_each(Vec<T> (&x)[kLanes<T>]) {
 #pragma GCC unroll 4
   for (int n = kLanes<T> / 2; n > 0; n /= 2) {
+    VecInt<T> const lane = iota<T>(), second = (lane & n) * (kLanes<T> / n);  // lanes of x[i + n]
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) x[i] = zip_low<T>(x[i], x[i + n]) + zip_high<T>(x[i], x[i + n]);
+    for (int i = 0; i < n; ++i)
+      x[i] = __builtin_shuffle(x[i], x[i + n], lane + second) +
+             __builtin_shuffle(x[i], x[i + n], (lane ^ n) + second);
   }
   return x[0];
+}
+
+// f(0) ... f(N - 1), each number a constant. An array indexed by such numbers alone is registers to
+// the compiler from the start. With unrolled loops in its place GCC keeps the sums of dot_rows in
+// memory around its inner loop, which then waits for stores.
+template <int N>
+struct IntConstant {
+  static constexpr int value = N;
+};
+template <int N, class F>
+FC_INLINE void unrolled(const F& f) {
+  if constexpr (N > 0) {
+    unrolled<N - 1>(f);
+    f(IntConstant<N - 1>{});
+  }
 }
 
 // s[r * lds + j] = q[r] . k[j] for R rows and `count` keys. R divides kLanes, so that the products
@@ -111,38 +130,40 @@ template <int R, class U, class E>
   using T = Real<E>;
   constexpr int kStep = kLanes<T> * kPerUnit<U>;
   constexpr int kKeys = kLanes<T> / R;
-  // One key after the other is the order of memory; two at a time share the loads of Q.
-  constexpr int kTogether = min_of(R >= 4 ? 2 : 1, kKeys);
+  // One key after the other is the order of memory; several at a time share the loads of Q.
+  constexpr int kTogether = R < 4 ? 1 : min_of(sizeof(E) == 2 ? 4 : 2, kKeys);
   constexpr int kRowsAhead = R == 1 && kVecBytes == 64 ? 4 : kAhead;
   for (int j = 0; j < count; j += kKeys) {
-    const E* row[kKeys];
-    for (int i = 0; i < kKeys; ++i) row[i] = k + min_of(j + i, count - 1) * stride;
-    Vec<T> acc[kLanes<T>];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) acc[i] = Vec<T>{};
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; i += kTogether) {
+    Vec<T> acc[R][kKeys];
+    unrolled<kKeys / kTogether>([&](auto group) {
+      constexpr int first = group.value * kTogether;
+      const E* row[kTogether];
+      unrolled<kTogether>([&](auto i) {
+        row[i.value] = k + min_of(j + first + i.value, count - 1) * stride;
+        unrolled<R>([&](auto r) { acc[r.value][first + i.value] = Vec<T>{}; });
+      });
       auto const step = [&]<bool kWhole>(int64_t c) {
         decltype(units_along<U>(k, 0)) x[kTogether];
-#pragma GCC unroll 2
-        for (int n = 0; n < kTogether; ++n) {
-          ask_for(row[i + n] + kRowsAhead * stride, c);
-          x[n] = units_along<U>(row[i + n] + c, kWhole ? kStep : head_dim - c);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          auto const y = in_register(load_unit(q + r * ldq + c / kPerUnit<U>));
-#pragma GCC unroll 2
-          for (int n = 0; n < kTogether; ++n)
-            acc[r * kKeys + i + n] = dot_add(acc[r * kKeys + i + n], y, x[n]);
-        }
+        unrolled<kTogether>([&](auto i) {
+          ask_for(row[i.value] + kRowsAhead * stride, c);
+          x[i.value] = units_along<U>(row[i.value] + c, kWhole ? kStep : head_dim - c);
+        });
+        unrolled<R>([&](auto r) {
+          auto const y = in_register(load_unit(q + r.value * ldq + c / kPerUnit<U>));
+          unrolled<kTogether>([&](auto i) {
+            auto& sum = acc[r.value][first + i.value];
+            sum = dot_add(sum, y, x[i.value]);
+          });
+        });
       };
       int64_t c = 0;
       for (; c + kStep <= head_dim; c += kStep) step.template operator()<true>(c);
       if (c < head_dim) step.template operator()<false>(c);
-    }
+    });
+    Vec<T> each[kLanes<T>];
+    unrolled<kLanes<T>>([&](auto i) { each[i.value] = acc[i.value / kKeys][i.value % kKeys]; });
     alignas(64) T sums[kLanes<T>];
-    store(sums, reduce_each<T>(acc));
+    store(sums, reduce_each<T>(each));
     // Past the last key this writes its product again: s has room for whole vectors.
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -191,12 +212,14 @@ template <int R, int N, bool kSkip, bool kWhole, class U, class E>
 }
 
 // As many columns as the registers hold, so that rows are read in the order of memory; kAhead keys
-// at a time, so that the next rows of P find them in the first-level cache.
+// at a time, so that the next rows of P find them in the first-level cache. What must be converted
+// is shared by more rows of P, and half as many columns.
 template <int R, bool kSkip, class U, class E>
 void add_values(const U* p, int64_t ldp, const E* v, int64_t stride, int count, int64_t cols,
                 Real<E>* o, int64_t ldo, const Real<E>* correction) {
   constexpr int lanes = kLanes<Real<E>>;
-  constexpr int kRows = max_of(1, min_of(R, kTileM * kTileN / 8) / 2 * 2);
+  constexpr bool kShare = sizeof(E) == 2 && R >= 4 && kTileN == 4;
+  constexpr int kRows = kShare ? 4 : max_of(1, min_of(R, kTileM * kTileN / 8) / 2 * 2);
   static constexpr Real<E> kOnes[kDecodeRows] = {1, 1, 1, 1, 1, 1, 1, 1};
   bool const ask = R >= 4 || cols > 8 * lanes;  // else they are read in the order of memory
   for (int j = 0; j < count; j += kAhead) {
@@ -209,7 +232,7 @@ void add_values(const U* p, int64_t ldp, const E* v, int64_t stride, int count, 
               min_of(kAhead, count - j), cols - c, o + r * ldo + c, ldo,
               j == 0 ? correction + r : kOnes, ask);
       };
-      add.template operator()<8, true>();
+      if constexpr (!kShare) add.template operator()<8, true>();
       add.template operator()<4, true>();
       add.template operator()<1, true>();
       add.template operator()<1, false>();
@@ -307,10 +330,6 @@ class DecodeTask {
         f(r, IntConstant<most>{});
     }
   }
-  template <int N>
-  struct IntConstant {
-    static constexpr int value = N;
-  };
 
   void start_rows() {
     for (int64_t i = 0; i < kDecodeRows * t_.ldq; ++i) t_.q[i] = {};
