@@ -7,11 +7,12 @@
 // Phase 0  delta, and zero in what phase 1 adds to.
 // Phase 1  One task owns block_n keys of one kv head: it packs K and V once, walks over the query
 //          tiles of the head's group, and keeps dK and dV. Its part of dQ is added to memory in
-//          ascending order of the key blocks: task c may add to a tile when task c - 1 is past it.
-//          So the sums have one order whatever the number of threads, with no memory for partial
-//          sums. Tasks start in that order too, so the one waited for is always running; all walk
-//          from the last query tile to the first, since under a causal mask every task visits the
-//          last one and early blocks simply go on longer.
+//          ascending order of the key blocks: a task may add to a tile when all tasks of earlier
+//          blocks are past it. So the sums have one order whatever the number of threads, with no
+//          memory for partial sums. Tasks start in that order too, so those waited for are always
+//          running; all walk from the last query tile to the first, since under a causal mask every
+//          task visits the last one and early blocks simply go on longer. Nobody waits for a tile
+//          it does not visit: the short tasks of a causal mask would last as long as the first one.
 // Phase 2  dQ converted to its dtype; dsinks.
 //
 // Excluded entries of P and dS are set to zero, never multiplied by one. The products run over
@@ -145,15 +146,15 @@ class Backward {
     int64_t const h1 = shape.join_heads ? p.num_heads_kv : h0 + 1;
     int64_t const n0 = shape.join_keys ? 0 : walker;
     int64_t const n1 = shape.join_keys ? shape.key_blocks : walker + 1;
-    int32_t* const progress = shared.progress + group * shape.walkers + walker;
+    int32_t* const first = shared.progress + group * shape.walkers;
     int32_t passed = 0;
     for (int64_t b = b0; b < b1; ++b)
       for (int64_t h = h0; h < h1; ++h)
-        for (int64_t n = n0; n < n1; ++n)
-          key_block(b, h, n, walker > 0 ? progress - 1 : nullptr, progress, passed);
+        for (int64_t n = n0; n < n1; ++n) key_block(b, h, n, first, first + walker, passed);
   }
 
-  void key_block(int64_t b, int64_t h_kv, int64_t n_block, const int32_t* before, int32_t* progress,
+  // progress: how many tiles this task is past; from `first` on to it, those of earlier key blocks.
+  void key_block(int64_t b, int64_t h_kv, int64_t n_block, const int32_t* first, int32_t* progress,
                  int32_t& passed) const {
     ScoreContext const context = score_context(p, b);
     int64_t const key0 = n_block * shape.block_n;
@@ -166,11 +167,13 @@ class Backward {
         bool const visited = keys > 0 && place(context, t, keys);
         if (visited) visit(context, t, h_kv, k_finite);
         if (!p.dq) continue;
-        while (before && __atomic_load_n(before, __ATOMIC_ACQUIRE) <= passed) relax();
-        if (visited)
+        if (visited) {
+          for (const int32_t* before = first; before != progress; ++before)
+            while (__atomic_load_n(before, __ATOMIC_ACQUIRE) <= passed) relax();
           for (int r = 0; r < t.rows; ++r)
             write_row(dq_row(b, t.h, context.seq, t.row0 + r), scratch.dq + r * shape.d, p.head_dim,
                       true);
+        }
         __atomic_store_n(progress, ++passed, __ATOMIC_RELEASE);
       }
     int64_t const end = p.cu_seqlens_k ? context.seq.seqlen_k : p.seqlen_k;  // padding rows too
