@@ -76,13 +76,22 @@ FC_DEVICE void pack_tile(uint32_t (&packed)[N / 2], const float (&x)[N]) {
   for (int i = 0; i < N / 2; ++i) packed[i] = pack<Element>(x[2 * i], x[2 * i + 1]);
 }
 
-template <class Element, int N>
-FC_DEVICE void unpack_tile(float (&x)[N], const uint32_t (&packed)[N / 2]) {
+// The same for another thread, which is to know it better than bfloat16 would tell: of P, half
+// precision has three bits more, and 2^8 keeps what is small out of its subnormal numbers.
+constexpr float kHandedOver = 256.0f;
+template <int N>
+FC_DEVICE void hand_over(uint32_t (&packed)[N / 2], const float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i)
+    packed[i] = pack<__half>(x[2 * i] * kHandedOver, x[2 * i + 1] * kHandedOver);
+}
+template <int N>
+FC_DEVICE void take_over(float (&x)[N], const uint32_t (&packed)[N / 2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
-    float2 const pair = unpack<Element>(packed[i]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
+    float2 const pair = unpack_half(packed[i]);
+    x[2 * i] = pair.x * (1.0f / kHandedOver);
+    x[2 * i + 1] = pair.y * (1.0f / kHandedOver);
   }
 }
 

@@ -87,7 +87,7 @@ struct StepsByCluster {
   FC_DEVICE static void probabilities(const Consumer& c, ScoreTile& rS, ProbTile& rP, ProbTile& rX,
                                       Step at) {
     Scores<T>::probabilities(c, rS, rP, at, at.m * T::kBlockM, c.sh.minus_lse[c.ring.stage]);
-    if constexpr (T::kTerms) pack_tile<Element>(rX, rS);
+    hand_over(rX, rS);
   }
 
   // Issues dQ of this consumer's columns over the keys of both blocks, when their dS are there.
@@ -109,7 +109,8 @@ struct StepsByCluster {
   }
   FC_DEVICE static void put(const Consumer& c, Step at, DqProduct& rdQ) {
     int const part = T::dq_part(kIndex, c.rank);
-    auto& dq = reinterpret_cast<typename T::DqTile&>(rdQ[T::Dq::kept(kIndex) / 2]);  // what it keeps
+    auto& dq =
+        reinterpret_cast<typename T::DqTile&>(rdQ[T::Dq::kept(kIndex) / 2]);  // what it keeps
     put_dq<T, 0>(c.p, c.work(), part, at.head, at.m,
                  dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), dq, c.sh.redo);
   }
@@ -128,7 +129,7 @@ struct StepsByCluster {
     gemm_pb<Element, T::kHeadDimV, T::kBlockM>(c.rdV, rP, sh.dout[stage]);
     wgmma_commit();
     sh.ds_free[0].wait(stage ^ 1);
-    store_transposed(sh.ds[0], T::kTerms ? rX : rP, 0);
+    store_transposed(sh.ds[0], rX, 0);
     c.release(sh.p_ready);
     c.ring.advance();
     if constexpr (kNext) issue_s(c, rS);
@@ -156,15 +157,15 @@ struct StepsByCluster {
   FC_DEVICE static Step second_step(const Consumer& c, ScoreTile& rdP, DqProduct& rdQ, Step at) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
-    ProbTile rP, rdS;
+    ProbTile rX, rdS;
 
     sh.p_ready.wait(stage);
-    load_transposed(rP, sh.ds[0], 0);
+    load_transposed(rX, sh.ds[0], 0);
     wgmma_wait<0>();
     pin(rdP);
     {
       ScoreTile multiple;
-      unpack_tile<Element>(multiple, rP);
+      take_over(multiple, rX);
       Scores<T>::gradients(c, rdP, multiple, at, at.m * T::kBlockM, sh.minus_delta[stage]);
     }
     pack_tile<Element>(rdS, rdP);

@@ -50,7 +50,7 @@ struct Traits {
     return consumer + kConsumers * rank;
   }
   static FC_HD constexpr int rank_of(int part) { return kCluster == 1 ? 0 : part / kConsumers; }
-  static constexpr int kDqPutCols = kByKeys ? Dq::kCols : kPanelCols;  // at a time
+  static constexpr int kDqPutCols = kConfig.by_gradient() ? kPanelCols : Dq::kCols;  // at a time
 
   static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
   static constexpr int kDoutBytes = kBlockM * kPanelsV * kPanelBytes;
