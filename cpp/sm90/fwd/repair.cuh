@@ -67,9 +67,10 @@ struct Repair {
            p.dropout_threshold;
   }
 
-  // Row i of O from its definition, and its lse.
+  // Row i of O from its definition, and its lse. Columns that are finite in `old` are right there. If
+  // lse is, too, or not wanted, it is enough that all others have met a NaN, which they stay.
   FC_DEVICE static VRow attend(const FwdParams& p, const Work& work, const tile::Sequence& seq,
-                               int i, float& lse) {
+                               int i, VRow const& old, bool lse_too, float& lse) {
     int const kv_head = work.head / p.group;
     KRow const q = load<KRow>(p.q_ref, work.batch, work.head, seq.q_begin + i, p.head_dim);
     tile::KeyRange keys = i < seq.seqlen_q
@@ -101,6 +102,13 @@ struct Repair {
 #pragma unroll
       for (int c = 0; c < T::kHeadDimV / 32; ++c)
         o.x[c] = o.x[c] * alpha + (kept == 0.0f ? 0.0f : prob * v.x[c]);
+      if (!lse_too && j % 32 == 31) {
+        bool settled = true;
+#pragma unroll
+        for (int c = 0; c < T::kHeadDimV / 32; ++c)
+          settled &= isfinite(old.x[c]) || isnan(o.x[c]);
+        if (__all_sync(0xffffffffu, settled)) break;
+      }
     }
     float factor = T::kTerms ? p.dropout_scale : 1.0f;
     lse = row_max * p.scale + __logf(row_sum);
@@ -125,14 +133,16 @@ struct Repair {
           split ? load_row<VRow>(partial + threadIdx.x % 32, p.head_dim_v)
                 : load<VRow>(p.out_ref, work.batch, work.head, seq.q_begin + i, p.head_dim_v);
       if (!__any_sync(0xffffffffu, !(finite_probe(old.x) == 0.0f))) continue;
-      float lse;
-      VRow const o = attend(p, work, seq, i, lse);
       // An lse that is a number has not met what went wrong.
-      if (float* const all = lse_rows(p, work); all && !(all[i] < INFINITY)) all[i] = lse;
+      float* const all = lse_rows(p, work);
+      bool const lse_too = all && !(all[i] < INFINITY);
+      float lse;
+      VRow const o = attend(p, work, seq, i, old, lse_too, lse);
+      if (lse_too) all[i] = lse;
       Element* const out = address(p.out_ref, work.batch, work.head, seq.q_begin + i);
 #pragma unroll
       for (int c = 0; c < T::kHeadDimV / 32; ++c) {
-        if (!inside(c, p.head_dim_v)) continue;
+        if (!inside(c, p.head_dim_v) || isfinite(old.x[c])) continue;
         if (split)
           partial[threadIdx.x % 32 + 32 * c] = o.x[c];
         else
