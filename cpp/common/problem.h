@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "common/types.h"
+#include "tile/block_list.h"
 #include "tile/mask.h"
 
 namespace flashcore {
@@ -32,15 +33,7 @@ struct Scores {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Kept blocks, see flashcore_block_mask. Strides in elements; 0 where broadcast.
-struct BlockList {
-  const int32_t* count = nullptr;    // [b][h][block]
-  const int32_t* indices = nullptr;  // [b][h][block][0 .. count)
-  int64_t count_batch_stride = 0, count_head_stride = 0;
-  int64_t indices_batch_stride = 0, indices_head_stride = 0, indices_row_stride = 0;
-
-  explicit operator bool() const { return count != nullptr; }
-};
+using tile::BlockList;
 
 struct Problem {
   Direction direction = Direction::forward;

@@ -39,6 +39,12 @@ std::string misfit(const Problem& p, DType dtype, int head_dim, int head_dim_v) 
   return {};
 }
 
+std::string unfit_blocks(const Problem& p) {
+  if (p.block_q % kBlockUnit == 0 && p.block_k % kBlockUnit == 0) return {};
+  return text("block_mask must have blocks of a multiple of ", kBlockUnit, " rows and keys, got ",
+              p.block_q, " x ", p.block_k, ": make it with such blocks; the CPU takes any");
+}
+
 std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t rows,
                          int64_t heads) {
   if (reinterpret_cast<uintptr_t>(r.data) % 16 != 0)

@@ -15,6 +15,12 @@ inline constexpr int64_t kLongest = int64_t{1} << 29;
 // dims up to `head_dim` (q, k) and `head_dim_v`; else why not.
 std::string misfit(const Problem& p, DType dtype, int head_dim, int head_dim_v);
 
+// Blocks of a block mask are multiples of this many rows and keys.
+inline constexpr int kBlockUnit = 64;
+
+// Empty if a kernel can do with the blocks of the problem's block mask; else why none can.
+std::string unfit_blocks(const Problem& p);
+
 // The copy engine wants 16-byte aligned bases and strides. Empty if it can take the tensor; else
 // why not.
 std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t rows,

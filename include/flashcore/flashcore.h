@@ -150,7 +150,7 @@ typedef struct flashcore_kernel_info {
   const char* backend; /* "cpu", "sm90" */
   const char* isa;     /* instruction set: "avx512", "sm_90a" */
   const char* dtype;   /* "float32" */
-  const char* mask;    /* what it can exclude: "any", "window", "causal", "none" */
+  const char* mask;    /* what it can exclude: "any", "blocks", "window", "causal", "none" */
   int32_t head_dim;    /* largest head dim it takes; 0 = any */
   int32_t head_dim_v;
   int32_t block_m; /* query rows per tile */

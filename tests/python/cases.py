@@ -165,8 +165,10 @@ class Case:
         import flashcore as fc
 
         bq, bk = self.blocks
-        kept = rng.random((self.b, self.h[0], -(-self.q // bq), -(-self.k // bk))) < 0.6
-        dense = kept.repeat(bq, 2).repeat(bk, 3)[:, :, : self.q, : self.k]
+        rows = self.q if self.packed_q is None else max(self.packed_q, default=0)
+        keys = self.k if self.packed_k is None else max(self.packed_k, default=0)
+        kept = rng.random((self.batch, self.h[0], -(-rows // bq), -(-keys // bk))) < 0.6
+        dense = kept.repeat(bq, 2).repeat(bk, 3)[:, :, :rows, :keys]
         return fc.BlockMask.from_dense(dense, block=self.blocks)
 
     def but(self, **changes: Any) -> Case:

@@ -18,6 +18,8 @@ DEVICE = "cuda"
 
 def on_gpu(x: Any) -> Any:
     """The same values in the same strides; what is no array stays."""
+    if isinstance(x, fc.BlockMask):
+        return x.map(on_gpu)
     if not isinstance(x, np.ndarray):
         return x
     raw = x.view(np.int16) if x.dtype.itemsize == 2 else x

@@ -39,7 +39,7 @@ def test_names_are_unique_and_rows_complete():
     assert len({k.name for k in kernels}) == len(kernels)
     for k in kernels:
         assert k.direction in ("forward", "backward")
-        assert k.mask in ("any", "window", "causal", "none")
+        assert k.mask in ("any", "window", "causal", "none", "blocks")
         assert k.block_m > 0 and k.block_n > 0 and k.head_dim >= 0
         assert k.name.startswith(k.backend)
 

@@ -4,12 +4,17 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
+#include "tile/block_list.h"
 #include "tile/mask.h"
 #include "tile/tile_scheduler.h"
 
 namespace flashcore::sm90::fwd {
 
-enum class Mask : uint8_t { none, window };  // causal is a window
+enum class Mask : uint8_t {
+  none,
+  window,
+  lists
+};  // causal is a window; lists: of blocks, and a window
 
 struct FwdConfig {
   DType dtype;
@@ -81,6 +86,14 @@ struct FwdParams {
   float dropout_scale;
   uint64_t rng_seed, rng_offset;
   const int64_t* rng_tensor;  // {seed, offset}; wins over the above when not null
+
+  // Only kernels with block lists look at these.
+  tile::BlockLists kept;  // key blocks of each query block
+  int mask_block_k;       // keys in a block of the mask
+  // Their tiles differ in length as they please, so whoever is done takes the next one. Cleared to
+  // -1 by the host.
+  int* taken;  // the last one of those that were not dealt out at the beginning
+  int* taker;  // [tile]: which team took it, for repair.cuh
 
   // Whether a block may hold rows of another sequence, or of none.
   FC_HD bool ragged() const { return cu_seqlens_k || seqlens_k || seqlens_q; }

@@ -50,7 +50,6 @@ std::string unbuilt(const Problem& p) {
   };
   if (p.bias) return refuse("bias is");
   if (p.mask) return refuse("mask is");
-  if (p.kv_blocks) return refuse("block_mask is");
   if (p.max_logits) return refuse("max_logits is");
   return {};
 }
@@ -74,6 +73,17 @@ std::array<Operand, 4> operands(const Problem& p) {
 // What only kernels with terms compute.
 bool has_terms(const Problem& p) { return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold; }
 
+// Why the kernel's tiles do not fit the blocks of the call's block mask; empty if they do.
+std::string misfit_blocks(const FwdConfig& c, const Problem& p) {
+  if (!p.kv_blocks) return c.mask == lists ? "is for calls with a block_mask" : "";
+  if (std::string why = unfit_blocks(p); !why.empty()) return why;
+  if (c.mask != lists) return "has no block_mask";
+  if (p.block_q % c.block_m || p.block_k % c.block_n)
+    return text("takes block masks with blocks of a multiple of ", c.block_m, " rows and ",
+                c.block_n, " keys, got ", p.block_q, " x ", p.block_k);
+  return {};
+}
+
 // The keys of a call in parts, so that few query tiles still fill the GPU.
 struct Split {
   int count, blocks;  // parts; key blocks of each
@@ -82,6 +92,7 @@ struct Split {
 Split split_keys(const FwdConfig& c, const Problem& p) {
   int const key_blocks = max_of(1, static_cast<int>(ceil_div<int64_t>(p.seqlen_k, c.block_n)));
   auto parts_of = [&](int blocks) { return Split{ceil_div(key_blocks, blocks), blocks}; };
+  if (c.mask == lists) return {1, key_blocks};  // the lists say how many there are
   if (p.split_size > 0)
     return parts_of(
         static_cast<int>(min_of<int64_t>(ceil_div<int64_t>(p.split_size, c.block_n), key_blocks)));
@@ -118,6 +129,7 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   FwdConfig const& c = instance_of(kernel).config;
   if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
   if (std::string why = unbuilt(p); !why.empty()) return why;
+  if (std::string why = misfit_blocks(c, p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.mask == none && !p.window.open()) return "has no causal mask and no window";
   if (c.few) {
@@ -145,13 +157,18 @@ int64_t partial_rows(const Problem& p) {
   return (p.cu_seqlens_q ? p.total_q : p.batch * p.seqlen_q) * p.num_heads_q;
 }
 
+// With block lists the workspace is a counter, and who took which tile.
+size_t taken_bytes(const FwdConfig& c, const Problem& p) {
+  return static_cast<size_t>(1 + most_tiles(c, p)) * 4;
+}
+
 void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
   Split const split = split_keys(instance_of(kernel).config, p);
   plan.num_splits = split.count;
-  plan.workspace_bytes =
-      split.count == 1
-          ? 0
-          : static_cast<size_t>(split.count * partial_rows(p) * (p.head_dim_v + 1)) * 4;
+  if (split.count > 1)
+    plan.workspace_bytes =
+        static_cast<size_t>(split.count * partial_rows(p) * (p.head_dim_v + 1)) * 4;
+  if (p.kv_blocks) plan.workspace_bytes = taken_bytes(instance_of(kernel).config, p);
   plan.deterministic = true;
 }
 
@@ -170,7 +187,7 @@ void schedule(const FwdConfig& c, const Problem& p, int splits, FwdParams& param
        pairs, largest};
   if (c.mask == none) {  // all tiles cost the same: neighbours share K and V, nothing else counts
     s.section_pairs = params.group;
-  } else if (!p.cu_seqlens_q) {
+  } else if (!p.cu_seqlens_q && c.mask == window) {
     int const workers = c.teams * cuda::devices()[p.device_id].multiprocessors;
     tile::Sequence seq{0, 0, p.seqlen_q, p.seqlen_k, p.seqlen_k - p.seqlen_q};
     if (p.has_q_offset || p.top_left) seq.q_offset = p.has_q_offset ? p.q_offset : 0;
@@ -259,6 +276,17 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* w
   params.partial_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q;
   params.partial_heads = static_cast<int>((p.cu_seqlens_q ? 1 : p.batch) * p.num_heads_q);
 
+  if (p.kv_blocks) {
+    params.kept = {p.kv_blocks, static_cast<int>(ceil_div<int64_t>(p.seqlen_q, p.block_q)),
+                   p.block_q / c.block_m, p.block_k / c.block_n};
+    params.mask_block_k = p.block_k;
+    params.taken = static_cast<int*>(workspace);
+    params.taker = params.taken + 1;
+    cuda::check(
+        cudaMemsetAsync(workspace, 0xff, taken_bytes(c, p), static_cast<cudaStream_t>(stream)),
+        "flash_fwd_sm90: clearing the counter of tiles");
+  }
+
   schedule(c, p, split.count, params);
   int const blocks = static_cast<int>(min_of<int64_t>(
       most_tiles(c, p) * split.count, cuda::devices()[p.device_id].multiprocessors));
@@ -279,7 +307,7 @@ std::vector<Kernel> table() {
   std::vector<Kernel> rows;
   for (Instance const& i : kInstances) {
     FwdConfig const& c = i.config;
-    const char* const mask = c.mask == none ? "none" : "window";
+    const char* const mask = c.mask == none ? "none" : c.mask == window ? "window" : "blocks";
     names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v), "-", mask,
                          c.terms ? "-terms" : "", c.few ? "-few-" : "-",

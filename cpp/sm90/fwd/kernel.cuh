@@ -25,6 +25,7 @@
 #include "sm90/fwd/repair.cuh"
 #include "sm90/fwd/scores.cuh"
 #include "sm90/fwd/softmax.cuh"
+#include "sm90/fwd/tiles.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/fwd/work.cuh"
 #include "tile/pipeline.h"
@@ -40,27 +41,6 @@ struct Kernel {
   using Scores = fwd::Scores<T>;
   using OnlineSoftmax = fwd::OnlineSoftmax<Element, T::kBlockN>;
 
-  // A team's tiles, in its order.
-  struct Tiles {
-    TileCursor cursor;
-    int index, split;
-
-    FC_DEVICE Tiles(const FwdParams& p, int team) {
-      int const first = team * gridDim.x + blockIdx.x;  // few tiles: one a multiprocessor
-      index = first / p.num_splits;
-      split = first % p.num_splits;
-    }
-
-    FC_DEVICE bool next(const FwdParams& p, Work& work) {
-      if (!cursor.find(p, index, T::kBlockM)) return false;
-      work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN);
-      split += gridDim.x * T::kTeams;
-      index += split / p.num_splits;
-      split %= p.num_splits;
-      return true;
-    }
-  };
-
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const FwdParams& p, Shared* teams) {
     if constexpr (T::kRegistersMove) release_registers<T::kProducerRegs>();
@@ -75,20 +55,24 @@ struct Kernel {
 
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
-    Tiles tiles(p, team);
+    Tiles<T> tiles(p, team);
     Work next;
     bool more = tiles.next(p, next);
     while (more) {
       int const kv_head = next.head / p.group, kv_batch = p.cu_seqlens_k ? 0 : next.batch;
       int const k_begin = next.k_begin, first = next.first;
-      auto load_k = [&](int j) {
+      auto const kept = kept_blocks<T>(p, next);
+      auto load_k = [&](int visit) {
+        int const j = kept.at(visit);
         sh.k_free[k.stage].wait(k.parity);
+        if constexpr (T::kLists) sh.block[k.stage] = j;
         load_panels<T::kBlockN, T::kPanels>(sh.k[k.stage], p.k, sh.k_ready[k.stage],
                                             k_begin + j * T::kBlockN, kv_head, kv_batch,
                                             shared_by_tiles);
         k.advance();
       };
-      auto load_v = [&](int j) {
+      auto load_v = [&](int visit) {
+        int const j = kept.at(visit);
         sh.v_free[v.stage].wait(v.parity);
         load_panels<T::kBlockN, T::kPanelsV>(sh.v[v.stage], p.v, sh.v_ready[v.stage],
                                              k_begin + j * T::kBlockN, kv_head, kv_batch,
@@ -169,7 +153,7 @@ struct Kernel {
       if (lane == 0) tma_store_wait();
       __syncwarp();
       Work work;
-      for (Tiles tiles(p, team); tiles.next(p, work);)
+      for (TilesAgain<T> tiles(p, team); tiles.next(p, work);)
         Repair<T>::rows(p, work, work.row + warp_row);
     }
   }
@@ -193,8 +177,9 @@ struct Kernel {
     Scores const scores(p, work, thread_row);
 
     // The last block: there is no P V yet to overlap with.
-    int j = work.last - 1;
+    int visit = work.last - 1;
     sh.k_ready[k.stage].wait(k.parity);
+    int const j = key_block(sh, k, visit);
     take_turn();
     wgmma_fence();
     gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
@@ -205,7 +190,7 @@ struct Kernel {
     release(sh.k_free[k.stage]);
     k.advance();
     scores.terms.apply(p, rS, j * T::kBlockN);
-    if (work.cut(j)) scores.exclude(work, rS, j);
+    if (work.cut(visit)) scores.exclude(work, rS, visit, j);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       softmax.template raise<true>(rS, r);
@@ -213,11 +198,11 @@ struct Kernel {
     }
     scores.to_probabilities(p, rP, rS, j);
 
-    for (--j; j >= work.first; --j) {
-      if (T::kMask != Mask::none && work.cut(j))
-        step<true>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, j);
+    for (--visit; visit >= work.first; --visit) {
+      if (T::kMask != Mask::none && work.cut(visit))
+        step<true>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, visit);
       else
-        step<false>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, j);
+        step<false>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, visit);
     }
 
     release(q_free);  // the producer may fetch the next tile's Q over this one
@@ -239,8 +224,9 @@ struct Kernel {
   FC_DEVICE static void step(const FwdParams& p, Shared& sh, const Work& work, const Scores& scores,
                              const char* sQ, Ring& k, Ring& v, OnlineSoftmax& softmax,
                              typename T::ScoreTile& rS, typename T::ProbTile& rP,
-                             typename T::OutputTile& rO, int j) {
+                             typename T::OutputTile& rO, int visit) {
     sh.k_ready[k.stage].wait(k.parity);
+    int const j = key_block(sh, k, visit);
     take_turn();
     wgmma_fence();
     gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
@@ -257,11 +243,11 @@ struct Kernel {
     release(sh.k_free[k.stage]);
     k.advance();
     scores.terms.apply(p, rS, j * T::kBlockN);
-    if constexpr (kCut) scores.exclude(work, rS, j);
+    if constexpr (kCut) scores.exclude(work, rS, visit, j);
     // Row 0 before, row 1 after the wait for O. The branches matter even where nothing is raised:
     // without them the compiler would move the wait up to the first exponential, and nothing would
     // overlap. Warps may take them apart, so they hold no wait for products.
-    bool const unproven = j + 1 == work.last_full;
+    bool const unproven = visit + 1 == work.last_full;
     bool const raised0 = softmax.template exceeds<kCut>(rS, 0, unproven);
     float alpha[2] = {1.0f, 1.0f};
     if (raised0) alpha[0] = softmax.template raise<false>(rS, 0);
@@ -276,6 +262,14 @@ struct Kernel {
     softmax.exponentiate(rS, 1);
     scores.to_probabilities(p, rP, rS, j);  // only now: P(j+1) V(j+1) was reading rP
     pin(rP);
+  }
+
+  // Which key block is in the stage. To be read before it is released.
+  FC_DEVICE static int key_block(const Shared& sh, const Ring& k, int visit) {
+    if constexpr (T::kLists)
+      return *const_cast<const volatile int*>(&sh.block[k.stage]);
+    else
+      return visit;
   }
 
   FC_DEVICE static void rescale(typename T::OutputTile& rO, const float (&alpha)[2]) {

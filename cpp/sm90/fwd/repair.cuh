@@ -78,9 +78,13 @@ struct Repair {
                               : tile::KeyRange{};  // padding
     int64_t const part = int64_t{p.split_blocks} * T::kBlockN;
     keys = {max_of(keys.first, work.split * part), min_of(keys.last, (work.split + 1) * part)};
+    auto kept = kept_blocks<T>(p, work);
+    if constexpr (T::kLists) kept.parts = p.mask_block_k;  // of single keys
+    keys = {kept.below(keys.first), kept.below(keys.last)};
     VRow o;
     float row_max = -INFINITY, row_sum = 0.0f;
-    for (int64_t j = keys.first; j < keys.last; ++j) {
+    for (int64_t visit = keys.first; visit < keys.last; ++visit) {
+      int64_t const j = kept.at(visit);
       KRow const k = load<KRow>(p.k_ref, work.batch, kv_head, seq.k_begin + j, p.head_dim);
       VRow const v = load<VRow>(p.v_ref, work.batch, kv_head, seq.k_begin + j, p.head_dim_v);
       float s = 0.0f;

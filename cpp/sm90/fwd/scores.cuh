@@ -21,13 +21,13 @@ struct Scores {
     }
   }
 
-  // Scores of block j that are excluded become -inf.
-  FC_DEVICE void exclude(const Work& work, typename T::ScoreTile& s, int j) const {
+  // Scores of block j that are excluded become -inf. visit: to which the work's ranges refer.
+  FC_DEVICE void exclude(const Work& work, typename T::ScoreTile& s, int visit, int j) const {
     int const col = j * T::kBlockN + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int i = 0; i < T::kBlockN / 2; ++i)
       if (8 * (i / 4) + i % 2 >= last[(i / 2) % 2] - col) s[i] = -INFINITY;
-    if (T::kMask != Mask::none && j < work.first_full) {
+    if (T::kMask != Mask::none && visit < work.first_full) {
 #pragma unroll
       for (int i = 0; i < T::kBlockN / 2; ++i)
         if (8 * (i / 4) + i % 2 < first[(i / 2) % 2] - col) s[i] = -INFINITY;

@@ -28,6 +28,7 @@ struct Traits {
   static constexpr int kConsumers = kConfig.consumers();  // of a team
   static constexpr int kThreads = kConfig.threads();
   static constexpr Mask kMask = kConfig.mask;
+  static constexpr bool kLists = kMask == Mask::lists;
   static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kTurns = kConfig.turns;
 
@@ -38,6 +39,9 @@ struct Traits {
   static constexpr bool kRegistersMove = kWarpgroups > 1;
   static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 24;
   static constexpr int kConsumerRegs = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kLaunchRegs = 65536 / kThreads / 8 * 8;
+  static_assert(!kRegistersMove || kProducerRegs + kWarpgroups * kConsumerRegs <=
+                                       (1 + kWarpgroups) * kLaunchRegs);  // or the claim never ends
 
   // Named barriers; 0 is __syncthreads. One per consumer.
   enum NamedBarrier : int { kTurn = 1 };
@@ -57,6 +61,7 @@ struct Traits {
     Barrier q_ready[kQStages], q_free[kQStages];
     Barrier k_ready[kStages], k_free[kStages];
     Barrier v_ready[kStages], v_free[kStages];
+    int block[kStages];  // which key block K is; only with block lists
   };
   static constexpr int kSharedBytes = kTeams * sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);

@@ -14,7 +14,7 @@ struct alignas(16) Work {
   int split;       // part of the keys
   int q_begin;     // row of the tensor where the sequence begins
   int seqlen_q;    // of the sequence
-  int first;       // key blocks are [first, last)
+  int first;       // key blocks are [first, last); with block lists, visits to them are
   int first_full;  // [first, first_full) and
   int last_full;   // [last_full, last) need the mask
   int last;
@@ -26,6 +26,14 @@ struct alignas(16) Work {
   FC_DEVICE bool empty() const { return last <= first; }
   // Whether the mask leaves out some of key block j.
   FC_DEVICE bool cut(int j) const { return j >= last_full || j < first_full; }
+
+  // From key blocks to visits: only those of the list are left.
+  FC_DEVICE void keep(const tile::KeptBlocks& kept) {
+    first = kept.below(first);
+    first_full = kept.below(first_full);
+    last_full = kept.below(last_full);
+    last = kept.below(last);
+  }
 
   static FC_DEVICE Work none() { return {-1}; }
 
@@ -64,6 +72,15 @@ struct alignas(16) Work {
     return static_cast<int>(min_of(kFar, max_of(-kFar, keys)));
   }
 };
+
+// The list of the work's query block.
+template <class T>
+FC_DEVICE auto kept_blocks(const FwdParams& p, const Work& work) {
+  if constexpr (T::kLists)
+    return p.kept.of(work.batch, work.head, work.row / T::kBlockM);
+  else
+    return tile::AllBlocks{};
+}
 
 // Finds the tile of an index that only grows. How many tiles a packed sequence has is known on the
 // device alone, so there it walks from sequence to sequence.

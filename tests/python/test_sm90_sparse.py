@@ -1,0 +1,224 @@
+"""Block masks on the Hopper kernels, against the float64 reference, the CPU backend and the dense
+kernels."""
+
+import numpy as np
+import pytest
+from cases import Case
+from gpu import ONE_PART, assert_near_the_cpu, assert_same_bits, check, on_gpu, run
+from test_sm90_forward import random_case, with_scores
+
+import flashcore as fc
+from flashcore.testing import assert_close_to_reference, to_numpy
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+KERNELS = [32, 64, 96, 128, 192, 256]  # head dims, one per kernel
+BASE = Case("", dtype="bf16", q=300, k=420, h=(2, 1), blocks=(128, 128))
+
+
+def of_blocks(kept, block=(128, 128), shape=None) -> fc.BlockMask:
+    """A mask that keeps the given (query, key) blocks."""
+    kept = np.asarray(kept, bool)
+    shape = shape or tuple(n * b for n, b in zip(kept.shape[-2:], block))
+    dense = kept.repeat(block[0], -2).repeat(block[1], -1)[..., : shape[0], : shape[1]]
+    return fc.BlockMask.from_dense(dense, block=block)
+
+
+# ---- forward ------------------------------------------------------------------------------------
+
+VARIANTS = [
+    BASE,
+    BASE.but(dtype="f16", causal=True),
+    BASE.but(q=129, k=1),
+    BASE.but(q=1, k=700),
+    BASE.but(causal=True, q=420, k=300),
+    BASE.but(causal=True, align="top_left", h=(4, 2)),
+    BASE.but(window=(90, 150)),
+    BASE.but(window=(5, 3), q=300, k=300),
+    BASE.but(window=(300, 0), sinks=True),
+    BASE.but(softcap=1.5, causal=True),
+    BASE.but(alibi="bh", dtype="f16"),
+    BASE.but(dropout=0.3, h=(4, 2), window=(90, None)),
+    BASE.but(lengths_q=(113, 299), lengths_k=(60, 420), causal=True),
+    BASE.but(layout="bhsd", strides="sliced"),
+    BASE.but(packed_q=(5, 130, 0, 300), packed_k=(7, 200, 9, 190), causal=True),
+    BASE.but(packed_q=(5, 130, 0, 300), packed_k=(7, 420, 9, 190), sinks=True),
+    BASE.but(k=0),
+    BASE.but(q=0),
+    BASE.but(b=0),
+]
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_option(case, d):
+    check(case.but(d=d))
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64), (192, 320), (256, 256)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}], ids=str)
+def test_block_sizes(d, blocks, options):
+    check(BASE.but(d=d, blocks=blocks, q=600, k=650, b=1, **options))
+
+
+@pytest.mark.parametrize("n", range(100))
+def test_random_combination(n):
+    case = random_case(n)
+    sizes = {} if case.packed_q is not None else {"q": 2 * case.q, "k": 2 * case.k}
+    sizes |= dict.fromkeys(("lengths_q", "lengths_k")) if n % 2 else {}
+    check(case.but(blocks=((64, 64), (128, 128), (128, 64), (64, 256))[n % 4], **sizes))
+
+
+def lower_triangle(n: int) -> np.ndarray:
+    return np.tri(n, dtype=bool)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("length", [640, 600])
+def test_the_causal_pattern_is_causal(d, length, dtype):
+    """Bit for bit what the lists of all blocks give, and the dense kernel where its tiles are those
+    (at head dim 192 they have 112 keys)."""
+    done = run(Case("causal", dtype=dtype, q=length, k=length, h=(4, 2), d=d, causal=True))
+    triangle = of_blocks(lower_triangle(5), shape=(length, length)).map(on_gpu)
+    every = of_blocks(np.ones((5, 5)), shape=(length, length)).map(on_gpu)
+    got = done.again(block_mask=triangle)
+    assert_same_bits(got, done.again(block_mask=every))
+    if d != 192:
+        assert_same_bits(got, done.again(**ONE_PART))
+    a = done.arrays
+    assert_close_to_reference(got, a["q"], a["k"], a["v"], causal=True)
+
+
+@pytest.mark.parametrize("d", KERNELS)
+def test_all_blocks_are_the_dense_kernel(d):
+    done = run(Case("full", dtype="bf16", q=512, k=640, h=(4, 2), d=d))
+    got = done.again(block_mask=of_blocks(np.ones((4, 5))).map(on_gpu))
+    if d != 192:
+        assert_same_bits(got, done.again(**ONE_PART))
+    assert_near_the_cpu(got, done.on_the_cpu())
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 3.0}], ids=str)
+def test_rows_and_columns_that_keep_nothing(d, options):
+    kept = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], bool)
+    mask = of_blocks(kept)
+    done = run(Case("holes", dtype="bf16", q=512, k=512, h=(4, 2), d=d, **options))
+    got = done.again(block_mask=mask.map(on_gpu))
+    a = done.arrays
+    assert_close_to_reference(got, a["q"], a["k"], a["v"], block_mask=mask, **options)
+    for rows in (slice(128, 256), slice(384, 512)):
+        assert (got.out[:, rows] == 0).all() and (got.lse[:, :, rows] == -np.inf).all()
+    none = done.again(block_mask=of_blocks(np.zeros((4, 4)), shape=(512, 512)).map(on_gpu))
+    assert (none.out == 0).all() and (none.lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_poison_in_excluded_keys_reaches_nothing(d, causal, poison):
+    """Of blocks that are left out, and of keys past the diagonal in those that are kept."""
+    rng = np.random.default_rng(d)
+    kept = rng.random((4, 5)) < 0.5
+    kept[:, 1] = False
+    kept[0, 2] = kept[3, 2] = True
+    case = Case("poison", dtype="bf16", b=1, q=500, k=600, h=(2, 1), d=d, causal=causal)
+    arrays = case.arrays()
+    for name in "kv":
+        arrays[name][:, 128:256] = poison  # of no list
+        arrays[name][:, 300] = poison  # row 200 faces it
+    mask = of_blocks(kept, shape=(500, 600))
+    done = run(case, arrays)
+    got = done.again(block_mask=mask.map(on_gpu))
+    sees = mask.to_dense()[0, 0, :, 300] & (not causal or np.arange(500) + 100 >= 300)
+    out = to_numpy(got.out).astype(float)
+    assert np.isfinite(out[:, ~sees]).all() and np.isnan(out[:, sees]).any(-1).all()
+    for name in "kv":
+        arrays[name][:, 128:256] = arrays[name][:, 300] = 0
+    clean = fc.attention(
+        *(arrays[name] for name in "qkv"), causal=causal, block_mask=mask, return_lse=True
+    )
+    eps = 2.0**-7
+    np.testing.assert_allclose(
+        out[:, ~sees], clean.out.astype(float)[:, ~sees], rtol=0, atol=4 * eps * 4
+    )
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("jump", [-80, 40, 95, 300])
+def test_scores_that_change_from_block_to_block(d, jump):
+    case = Case("stairs", dtype="bf16", b=1, q=256, k=896, h=(2, 1), d=d)
+    arrays = with_scores(case, jump * ((896 - np.arange(896)) // 128))
+    kept = np.array([[1, 1, 0, 1, 0, 0, 1], [0, 1, 0, 1, 1, 0, 0]])
+    check(case, arrays=arrays, scale=1.0, block_mask=of_blocks(kept))
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 9.0}], ids=str)
+def test_more_tiles_than_multiprocessors(d, options):
+    """Tiles of unlike length, taken as they come: still the same bits every time."""
+    rng = np.random.default_rng(d)
+    kept = rng.random((2, 12, 9, 11)) < rng.choice((0.05, 0.3, 1.0), (2, 12, 9, 1))
+    mask = of_blocks(kept, shape=(1100, 1300))
+    case = Case("many tiles", dtype="bf16", b=2, q=1100, k=1300, h=(12, 4), d=d, **options)
+    done = run(case, block_mask=mask)
+    assert_near_the_cpu(done.result, done.on_the_cpu())
+    for _ in range(3):
+        assert_same_bits(done.result, done.again())
+
+
+def test_lists_of_one_batch_and_head_serve_all():
+    kept = np.random.default_rng(0).random((3, 4)) < 0.5
+    done = run(BASE.but(d=128, b=3, h=(4, 2), q=384, k=512, blocks=None))
+    one = done.again(block_mask=of_blocks(kept).map(on_gpu))
+    wide = np.broadcast_to(kept, (3, 4, 3, 4))
+    assert_same_bits(one, done.again(block_mask=of_blocks(wide).map(on_gpu)))
+
+
+def test_lists_with_room_and_strides():
+    """Entries past the count are not read, and lists may lie in a larger tensor."""
+    done = run(BASE.but(d=128, q=384, k=512))
+    mask = done.values["block_mask"]
+    wide = np.full((*mask.kv_indices.shape[:-1], 9), 2**30, np.int32)
+    wide[..., : mask.kv_indices.shape[-1]] = mask.kv_indices
+    roomy = fc.BlockMask(
+        on_gpu(mask.kv_num_blocks),
+        on_gpu(wide)[..., : mask.kv_indices.shape[-1]],
+        on_gpu(mask.q_num_blocks),
+        on_gpu(mask.q_indices),
+        mask.block,
+        mask.lengths,
+    )
+    assert_same_bits(done.result, done.again(block_mask=roomy))
+
+
+def test_cuda_graph_capture_and_replay():
+    done = run(BASE.but(d=64, q=256, k=384, h=(4, 4)))
+    q, k, v = done.inputs
+    out = torch.empty_like(done.result.out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fc.attention(q, k, v, out=out, **done.options)
+    q.mul_(0.5)
+    expected = fc.attention(q, k, v, **done.options)
+    for _ in range(2):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("block", [(32, 64), (64, 32), (100, 128), (16, 256)])
+def test_other_block_sizes_are_refused(block):
+    done = run(BASE.but(d=128, blocks=None, q=400, k=512))
+    mask = fc.BlockMask.from_dense(np.ones((400, 512), bool), block=block)
+    with pytest.raises(fc.UnsupportedError, match=r"blocks of a multiple of 64 rows and keys"):
+        done.again(block_mask=mask.map(on_gpu))
+
+
+def test_masks_elsewhere_are_refused():
+    done = run(BASE.but(d=128))
+    with pytest.raises(fc.ArgumentError, match="cpu"):
+        fc.attention(*done.inputs, block_mask=done.values["block_mask"])
