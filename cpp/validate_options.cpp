@@ -80,7 +80,9 @@ BlockList read_block_list(const char* count_name, const DLTensor* count, const c
         (a->size(1) != p.num_heads_q && a->size(1) != 1) || a->size(2) != rows)
       fail(a->name, " must have shape [", p.batch, "|1,", p.num_heads_q, "|1,", rows,
            a == &x ? ",...]" : "]", ", got ", show(*a->tensor),
-           ": the block mask was made for other lengths, heads or batch");
+           ": the block mask was made for other lengths, heads or batch",
+           p.cu_seqlens_q ? " (packed sequences are as long as max_seqlen_q and max_seqlen_k say)"
+                          : "");
     if (a->size(2) > 1 && a == &c && a->stride[2] != 1)
       fail(a->name, " must be densely packed, got stride ", a->stride[2]);
   }

@@ -149,6 +149,9 @@ class Case:
             o["out_dtype"] = np.dtype(DTYPES[self.out_dtype]).name
         if self.blocks:
             o["block_mask"] = self._block_mask(rng)
+            if self.packed_q is not None:  # the lengths that it is for; on a GPU nobody reads them
+                o["max_seqlen_q"] = max(self.packed_q, default=0)
+                o["max_seqlen_k"] = max(self.packed_k, default=0)
         return o
 
     @property

@@ -63,6 +63,7 @@ GPU = [
     Case("a window", window=(90, 20), q=200, k=300),
     Case("packed sequences", packed_q=(30, 0, 164, 1), packed_k=(40, 5, 300, 0)),
     Case("block lists", blocks=(128, 128), q=200, k=300),
+    Case("lists of small blocks", blocks=(64, 64), q=200, k=300),
     Case("small blocks", blocks=(64, 64), causal=True, softcap=3.0, q=200, k=300),
     Case("many tiles", b=3, q=130, k=100, h=(50, 50)),
     Case("many tiles, causal", b=3, q=130, k=100, h=(50, 50), causal=True),

@@ -257,6 +257,123 @@ def test_picture() -> None:
     assert "blocks=0x0" in str(fc.BlockMask.butterfly(0))
 
 
+def test_plot(tmp_path: Any) -> None:
+    mask = fc.BlockMask.butterfly(64, block=(16, 16), factors=1)
+    path = tmp_path / "mask.png"
+    picture = mask.plot(path)
+    assert path.read_bytes() == picture and picture.startswith(b"\x89PNG\r\n")
+    image = pytest.importorskip("PIL.Image").open(path)
+    assert image.size == (32, 32)
+    dark = np.asarray(image)[::8, ::8] < 128
+    np.testing.assert_array_equal(dark, mask.to_blocks()[0, 0])
+    large = fc.BlockMask.butterfly(128 * 3000).plot()
+    assert len(large) < 200_000
+    with pytest.raises(fc.ArgumentError, match="batch 0, head 1 of a mask"):
+        mask.plot(head=1)
+    with pytest.raises(fc.ArgumentError, match="has no such picture"):
+        fc.BlockMask.butterfly(0).plot()
+
+
+def test_dilated() -> None:
+    mask = fc.BlockMask.dilated(6 * 16, block=(16, 16), step=2, reach=1)
+    i, j = np.arange(6)[:, None], np.arange(6)
+    np.testing.assert_array_equal(mask.to_blocks()[0, 0], (i == j) | (np.abs(i - j) == 2))
+    some = fc.BlockMask.dilated(96, block=(16, 16), step=1, reach=0, global_blocks=1)
+    np.testing.assert_array_equal(some.to_blocks()[0, 0], (i == j) | (i == 0) | (j == 0))
+    with pytest.raises(fc.ArgumentError, match="step must be an integer >= 1"):
+        fc.BlockMask.dilated(64, step=0, reach=1)
+
+
+def test_union_and_intersection() -> None:
+    local = fc.BlockMask.sliding(64, block=(16, 16), window_size=(0, 0))
+    strips = fc.BlockMask.strips(64, block=(16, 16), rows=1, columns=2)
+    both, either = local & strips, local | strips
+    a, b = local.to_blocks(), strips.to_blocks()
+    assert b.sum() == 4 + 2 * 3
+    np.testing.assert_array_equal(both.to_blocks(), a & b)
+    np.testing.assert_array_equal(either.to_blocks(), a | b)
+    check_lists(either)
+    heads = fc.BlockMask.from_blocks(np.ones((3, 4, 4), bool), (16, 16), (64, 64))
+    assert (heads & local).kv_num_blocks.shape == (1, 3, 4)
+    with pytest.raises(fc.ArgumentError, match="do not combine: see reblocked"):
+        local | fc.BlockMask.butterfly(64, block=(16, 32))
+    with pytest.raises(TypeError):
+        local | 3  # type: ignore[operator]
+
+
+def test_reblocked() -> None:
+    wide = fc.BlockMask.butterfly(100, 300, block=(16, 96))
+    fine = wide.reblocked((8, 32))
+    assert fine.block == (8, 32) and fine.shape == wide.shape
+    np.testing.assert_array_equal(fine.to_dense(), wide.to_dense())
+    np.testing.assert_array_equal(fine.reblocked((16, 96)).to_dense(), wide.to_dense())
+    with pytest.raises(fc.ArgumentError, match="would be kept in part"):
+        wide.reblocked((64, 64))
+    loose = wide.reblocked((64, 64), keep_partial=True)
+    want = fc.BlockMask.from_dense(wide.to_dense(), (64, 64), keep_partial=True)
+    np.testing.assert_array_equal(loose.to_blocks(), want.to_blocks())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents(causal: bool) -> None:
+    cu = np.array([0, 32, 32, 80, 96])
+    document = np.repeat(np.arange(4), np.diff(cu))
+    i, j = np.arange(96)[:, None], np.arange(96)
+    visible = (document[:, None] == document) & ((j <= i) | (not causal))
+    mask = fc.BlockMask.from_documents(cu, (16, 16), causal=causal)
+    want = fc.BlockMask.from_dense(visible, (16, 16), keep_partial=True)
+    np.testing.assert_array_equal(mask.to_blocks(), want.to_blocks())
+    with pytest.raises(fc.ArgumentError, match="ends at 80, inside a block"):
+        fc.BlockMask.from_documents(cu, (32, 32))
+    loose = fc.BlockMask.from_documents(cu, (32, 32), causal=causal, keep_partial=True)
+    want = fc.BlockMask.from_dense(visible, (32, 32), keep_partial=True)
+    np.testing.assert_array_equal(loose.to_blocks(), want.to_blocks())
+    with pytest.raises(fc.ArgumentError, match="cu_seqlens must rise from 0"):
+        fc.BlockMask.from_documents([0, 5, 3])
+    assert fc.BlockMask.from_documents([0]).shape == (0, 0)
+
+
+def test_from_blocks() -> None:
+    kept = np.random.default_rng(0).random((2, 3, 4)) < 0.5
+    mask = fc.BlockMask.from_blocks(kept, (8, 16), (20, 64))
+    np.testing.assert_array_equal(mask.to_blocks()[0], kept)
+    check_lists(mask)
+    assert fc.BlockMask.from_blocks(kept, (8, 16)).lengths is None
+    with pytest.raises(fc.ArgumentError, match="must be a boolean array"):
+        fc.BlockMask.from_blocks(kept.astype(int))
+    with pytest.raises(fc.ArgumentError, match="has"):
+        fc.BlockMask.from_blocks(kept, (8, 16), (200, 64))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_from_blocks_of_a_framework(name: str) -> None:
+    module = pytest.importorskip(name)
+    kept = np.random.default_rng(1).random((2, 3, 5, 7)) < 0.5
+    theirs = module.from_numpy(kept) if name == "torch" else module.numpy.asarray(kept)
+    mask = fc.BlockMask.from_blocks(theirs)
+    assert type(mask.q_indices) is type(theirs)
+    plain = mask.map(np.asarray)
+    np.testing.assert_array_equal(plain.to_blocks(), kept)
+    check_lists(plain)
+    if name == "torch":
+        twice = mask | mask
+        assert type(twice.q_indices) is type(theirs)
+        np.testing.assert_array_equal(twice.map(np.asarray).to_blocks(), kept)
+
+
+def test_from_flex() -> None:
+    torch = pytest.importorskip("torch")
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    theirs = flex.create_block_mask(
+        lambda b, h, i, j: (j <= i) & (j // 32 != 1), 1, 2, 160, 160, device="cpu", BLOCK_SIZE=32
+    )
+    mask = fc.BlockMask.from_flex(theirs)
+    i, j = np.arange(5)[:, None], np.arange(5)
+    assert mask.block == (32, 32) and mask.lengths == (160, 160)
+    assert isinstance(mask.kv_indices, torch.Tensor)
+    np.testing.assert_array_equal(mask.map(np.asarray).to_blocks()[0, 0], (j <= i) & (j != 1))
+
+
 def test_attention_sees_exactly_the_kept_blocks() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, n, 2, 16)).astype(np.float32) for n in (50, 60, 60))

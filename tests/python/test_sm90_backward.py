@@ -29,8 +29,11 @@ class Call:
         self.arrays = case.arrays()
         self.options = case.options() | options
         self.dtype = self.arrays["q"].dtype
+        dense = {name: x for name, x in self.options.items() if not name.startswith("max_seqlen")}
+        if "block_mask" in dense:
+            dense["block_mask"] = dense["block_mask"].to_dense()
         exact = reference.attention(
-            *(self.arrays[name] for name in "qkv"), precision=np.float64, **self.options
+            *(self.arrays[name] for name in "qkv"), precision=np.float64, **dense
         )
         self.tensors = {name: on_gpu(self.arrays[name]) for name in ("q", "k", "v", "dout")}
         self.tensors["out"] = on_gpu(exact.out.astype(self.dtype))

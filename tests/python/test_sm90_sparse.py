@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from cases import Case
 from gpu import ONE_PART, assert_near_the_cpu, assert_same_bits, check, on_gpu, run
+from test_sm90_backward import Call
+from test_sm90_backward import check as check_backward
 from test_sm90_forward import random_case, with_scores
 
 import flashcore as fc
@@ -180,8 +182,9 @@ def test_lists_of_one_batch_and_head_serve_all():
 
 def test_lists_with_room_and_strides():
     """Entries past the count are not read, and lists may lie in a larger tensor."""
-    done = run(BASE.but(d=128, q=384, k=512))
-    mask = done.values["block_mask"]
+    done = run(BASE.but(d=128, q=384, k=512, blocks=None))
+    mask = of_blocks(np.random.default_rng(0).random((2, 2, 3, 4)) < 0.5)
+    want = done.again(block_mask=mask.map(on_gpu))
     wide = np.full((*mask.kv_indices.shape[:-1], 9), 2**30, np.int32)
     wide[..., : mask.kv_indices.shape[-1]] = mask.kv_indices
     roomy = fc.BlockMask(
@@ -192,7 +195,7 @@ def test_lists_with_room_and_strides():
         mask.block,
         mask.lengths,
     )
-    assert_same_bits(done.result, done.again(block_mask=roomy))
+    assert_same_bits(want, done.again(block_mask=roomy))
 
 
 def test_cuda_graph_capture_and_replay():
@@ -222,3 +225,128 @@ def test_masks_elsewhere_are_refused():
     done = run(BASE.but(d=128))
     with pytest.raises(fc.ArgumentError, match="cpu"):
         fc.attention(*done.inputs, block_mask=done.values["block_mask"])
+
+
+# ---- backward -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_gradients(case, d):
+    check_backward(case.but(d=d))
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64), (192, 320), (256, 256)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}], ids=str)
+def test_gradients_of_block_sizes(d, blocks, options):
+    check_backward(BASE.but(d=d, blocks=blocks, q=600, k=650, b=1, **options))
+
+
+@pytest.mark.parametrize("n", range(60))
+def test_gradients_of_a_random_combination(n):
+    case = random_case(n)
+    sizes = {} if case.packed_q is not None else {"q": 2 * case.q, "k": 2 * case.k}
+    sizes |= dict.fromkeys(("lengths_q", "lengths_k")) if n % 2 else {}
+    check_backward(case.but(blocks=((64, 64), (128, 128), (128, 64), (64, 256))[n % 4], **sizes))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("block", [64, 128])
+def test_gradients_of_the_causal_pattern(d, dtype, block):
+    call = Call(Case("causal", dtype=dtype, q=600, k=600, h=(4, 2), d=d, causal=True))
+    triangle = of_blocks(lower_triangle(-(-600 // block)), (block, block), (600, 600)).map(on_gpu)
+    for fixed in (False, True):
+        call.check(call.run(block_mask=triangle, deterministic=fixed))
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gradients_of_rows_and_columns_that_keep_nothing(d, fixed, accumulate):
+    kept = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
+    call = Call(
+        Case("holes", dtype="bf16", q=512, k=512, h=(4, 2), d=d), block_mask=of_blocks(kept)
+    )
+    into = {}
+    if accumulate:
+        into = {"d" + name: torch.full_like(call.tensors[name], 2.0).float() for name in "qkv"}
+    got = call.run(deterministic=fixed, accumulate=accumulate, **into)
+    if not accumulate:
+        call.check(got)
+    for x, rows in (
+        (got.dq, slice(128, 384)),
+        (got.dk, slice(384, 512)),
+        (got.dv, slice(128, 256)),
+    ):
+        assert (x[:, rows] == (2.0 if accumulate else 0.0)).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("d", KERNELS)
+def test_poison_in_excluded_blocks_reaches_no_gradient(d, block, fixed, which, poison):
+    """Queries or keys that a list leaves out, beside others that it does not."""
+    kept = np.random.default_rng(d).random((6, 6)) < 0.6
+    kept[np.arange(6), np.arange(6)] = True
+    bad = slice(block, 2 * block)
+    (kept if which == "q" else kept.T)[1] = False  # nobody sees them
+    case = Case("poison", dtype="bf16", b=1, q=6 * block, k=6 * block, h=(4, 2), d=d)
+    call = Call(case, block_mask=of_blocks(kept, (block, block)))
+    clean = call.run(deterministic=True)
+    call.poison(which, (slice(None), bad), poison)
+    got = call.run(deterministic=fixed)
+    for name in ("dq", "dk", "dv"):
+        x, want = getattr(got, name).float(), getattr(clean, name).float()
+        torch.testing.assert_close(x, want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_gradients_of_more_tiles_than_multiprocessors(d, options):
+    rng = np.random.default_rng(d)
+    kept = rng.random((2, 12, 9, 11)) < rng.choice((0.05, 0.3, 1.0), (2, 12, 9, 1))
+    case = Case("many tiles", dtype="bf16", b=2, q=1100, k=1300, h=(12, 4), d=d, **options)
+    done = run(case, block_mask=of_blocks(kept, shape=(1100, 1300)))
+    q, k, v = done.inputs
+    dout = on_gpu(done.arrays["dout"])
+    call = (dout, q, k, v, done.result.out, done.result.lse)
+    first = fc.attention_backward(*call, **done.options, deterministic=True)
+    a, cpu = done.arrays, done.on_the_cpu()
+    want = fc.attention_backward(a["dout"], a["q"], a["k"], a["v"], cpu.out, cpu.lse, **done.values)
+    for got in (first, fc.attention_backward(*call, **done.options)):
+        for x, y in zip(got[:3], want):
+            y = y.astype(float)
+            np.testing.assert_allclose(
+                to_numpy(x).astype(float), y, rtol=0, atol=2.0**-6 * np.abs(y).max()
+            )
+    for x, y in zip(first, fc.attention_backward(*call, **done.options, deterministic=True)):
+        assert x is y is None or torch.equal(x, y)
+
+
+def test_gradients_in_a_cuda_graph():
+    done = run(BASE.but(d=64, q=256, k=384, h=(4, 4)))
+    q, k, v = done.inputs
+    call = (torch.ones_like(done.result.out), q, k, v, done.result.out, done.result.lse)
+    want = fc.attention_backward(*call, **done.options)
+    into = {"d" + name: torch.zeros_like(x) for name, x in zip("qkv", done.inputs)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fc.attention_backward(*call, **done.options, **into)
+    for _ in range(2):
+        for x in into.values():
+            x.zero_()
+        graph.replay()
+        for x, y in zip(into.values(), want):
+            torch.testing.assert_close(x.float(), y.float(), rtol=0.02, atol=0.02)
+
+
+def test_other_block_sizes_are_refused_by_the_backward_pass():
+    done = run(BASE.but(d=128, blocks=None, q=400, k=512))
+    mask = fc.BlockMask.from_dense(np.ones((400, 512), bool), block=(32, 128)).map(on_gpu)
+    x = done.result
+    with pytest.raises(fc.UnsupportedError, match=r"blocks of a multiple of 64 rows and keys"):
+        fc.attention_backward(x.out, *done.inputs, x.out, x.lse, block_mask=mask)

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
+#include "tile/block_list.h"
 #include "tile/mask.h"
 #include "tile/tile_scheduler.h"
 
@@ -11,13 +12,14 @@ namespace flashcore::sm90::bwd {
 
 struct BwdConfig {
   DType dtype;
-  int head_dim;    // of q and k, rounded up; the copy engine pads with zeros
-  int head_dim_v;  // of v
-  bool terms;      // softcap, ALiBi and dropout
-  int block_m;     // query rows of a step
-  int block_n;     // keys of a tile
-  int stages;      // query blocks (Q and dO) in flight
-  int cluster;     // blocks of threads that divide the keys of a tile
+  int head_dim;        // of q and k, rounded up; the copy engine pads with zeros
+  int head_dim_v;      // of v
+  bool terms;          // softcap, ALiBi and dropout
+  int block_m;         // query rows of a step
+  int block_n;         // keys of a tile
+  int stages;          // query blocks (Q and dO) in flight
+  int cluster;         // blocks of threads that divide the keys of a tile
+  bool lists = false;  // of blocks, and a window; else only the latter
 
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -30,6 +32,9 @@ struct BwdConfig {
   constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
   // Where one block could do it, two are for calls whose tiles leave multiprocessors idle.
   constexpr bool few() const { return by_cluster() && head_dim <= 128; }
+  // With block lists: tiles are taken as they come. Not by a cluster, whose blocks would have to
+  // agree.
+  constexpr bool takes() const { return lists && cluster == 1; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && cluster == 1 && head_dim == head_dim_v &&
@@ -110,6 +115,14 @@ struct BwdParams {
   // m_block counts key tiles, from the last one. Of a packed batch: of one sequence, whose m_blocks
   // it sets.
   tile::TileScheduler scheduler;
+
+  // Only kernels with block lists look at these.
+  tile::BlockLists kept_queries;  // of each key block, in query blocks of the kernel
+  tile::BlockLists kept_keys;     // of each query block, in keys: for repair.cuh
+  int mask_block_q;               // rows in a block of the mask
+  // With tiles that are taken: cleared to -1 by the host.
+  int* taken;  // the last one of those that were not dealt out at the beginning
+  int* taker;  // [tile]: which block took it, for repair.cuh
 };
 
 // After preprocess: dsinks from its statistics.

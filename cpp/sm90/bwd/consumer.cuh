@@ -16,29 +16,59 @@ struct Consumer {
   tile::Ring<T::kDsBuffers>& ds;  // the buffer of dS that is written next
   typename T::GradientTile &rdK, &rdV;
 
-  // Read where it is, so that it takes no registers.
-  FC_DEVICE const Work& work() const { return sh.work; }
-
-  // This thread's keys. Worked out where they are needed, for the same reason.
-  FC_DEVICE KeyPair keys() const { return KeyPair(work(), warp_key() + thread_index() % 32 / 4); }
-  // The first of the warp's sixteen keys, of the tile.
-  FC_DEVICE int warp_key() const {
-    return T::first_key(index, rank) + thread_index() % 128 / 32 * 16;
-  }
-
   // A step: a query block of a query head of the group. Worked out before the wait that ends the
   // step before it, so that nobody waits for shared memory.
   struct Step {
     int head, m;
     bool masked, last;
+    bool skips;  // none of this consumer's keys is meant; only with block lists
   };
+
+  // Read where it is, so that it takes no registers.
+  FC_DEVICE const Work& work() const { return sh.work; }
+
+  // This thread's keys. Worked out where they are needed, for the same reason.
+  FC_DEVICE KeyPair keys(Step at) const {
+    KeyPair keys(work(), warp_key() + thread_index() % 32 / 4);
+    if (T::kLists && at.skips) keys.existing = 0;
+    return keys;
+  }
+  // The first of the warp's sixteen keys, of the tile.
+  FC_DEVICE int warp_key() const {
+    return T::first_key(index, rank) + thread_index() % 128 / 32 * 16;
+  }
+
   FC_DEVICE Step step_at(int head, int m) const {
     return {head, m, work().masked(m),
-            m + 1 == work().last && head + 1 == (work().kv_head + 1) * p.group};
+            m + 1 == work().last && head + 1 == (work().kv_head + 1) * p.group, false};
   }
-  FC_DEVICE Step first_step() const { return step_at(work().kv_head * p.group, work().first); }
+  // The step whose Q is in the ring's stage, or the n-th before it.
+  FC_DEVICE Step noted(int before = 0) const {
+    int const slot = ring.stage + static_cast<int>(ring.parity) * T::kStages - before;
+    StepNote const& note = sh.note[slot + (slot < 0 ? 2 * T::kStages : 0)];
+    return {note.head, note.m, note.masked, note.last, note.skips[T::first_key(index, rank) / 64]};
+  }
+
+  // With block lists, the ring must be at that step, and have waited for it.
+  FC_DEVICE Step first_step() const {
+    if constexpr (T::kLists) return noted();
+    return step_at(work().kv_head * p.group, work().first);
+  }
   FC_DEVICE Step step_after(Step s) const {
+    if constexpr (T::kLists) return noted();
     return s.m + 1 < work().last ? step_at(s.head, s.m + 1) : step_at(s.head + 1, work().first);
+  }
+  // Where the one before s was, if there was one; the ring is already a step further.
+  struct Place {
+    int head, m;
+  };
+  FC_DEVICE Place before(Step s) const {
+    if constexpr (T::kLists) {
+      Step const step = noted(2);
+      return {step.head, step.m};
+    }
+    bool const new_head = s.m == work().first;
+    return {s.head - new_head, (new_head ? work().last : s.m) - 1};
   }
 
   // One arrival per warp: the warps of a warpgroup may be apart.

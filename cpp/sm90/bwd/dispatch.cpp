@@ -8,6 +8,7 @@
 #include "flashcore/flashcore.h"
 #include "sm90/backend.h"
 #include "sm90/bwd/config.h"
+#include "sm90/bwd/list_steps.h"
 #include "sm90/bwd/query_blocks.h"
 #include "sm90/tensor_map.h"
 #include "tile/block_range.h"
@@ -46,7 +47,18 @@ std::string unbuilt(const Problem& p) {
   };
   if (p.bias) return refuse("bias");
   if (p.mask) return refuse("mask");
-  if (p.q_blocks || p.kv_blocks) return refuse("block_mask");
+  return {};
+}
+
+// Why the kernel's tiles do not fit the blocks of the call's block mask; empty if they do. A tile
+// of keys may be in two of them.
+std::string misfit_blocks(const BwdConfig& c, const Problem& p) {
+  if (!p.q_blocks) return c.lists ? "is for calls with a block_mask" : "";
+  if (std::string why = unfit_blocks(p); !why.empty()) return why;
+  if (!c.lists) return "has no block_mask";
+  if (p.block_q % c.block_m)
+    return text("takes block masks with blocks of a multiple of ", c.block_m, " rows, got ",
+                p.block_q);
   return {};
 }
 
@@ -70,6 +82,7 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
   if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
   if (std::string why = unbuilt(p); !why.empty()) return why;
+  if (std::string why = misfit_blocks(c, p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.few()) {
     // With a mask tiles differ, and more of them fill the gaps.
@@ -109,11 +122,13 @@ struct Division {
   int64_t pairs;        // of batch and key head
   int clusters;         // or blocks, if they work alone
   bool whole_heads;
+  bool sums_added;          // to zeros, by any tile
+  bool cut;                 // a mask cuts blocks
   bool block_slots;         // sums of dQ for the heads in the making alone, not for all
   int64_t slot_blocks;      // query blocks of such sums
   int64_t head_key_blocks;  // key tiles of a key head
   // Offsets in bytes; the sums of dQ come first.
-  int64_t minus_lse, minus_delta, redo_keys, redo_queries, bytes;
+  int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, taken_bytes, bytes;
 
   // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs no
   // clearing and no third launch then, which is a tenth of so short a call. With a mask half is
@@ -140,17 +155,21 @@ struct Division {
     clusters = static_cast<int>(
         min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster));
     // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
-    block_slots = whole_heads && !p.cu_seqlens_q;
+    // With block lists nobody knows which tile is the first to add to a query block, or the last.
+    sums_added = !whole_heads || c.lists;
+    block_slots = !sums_added && !p.cu_seqlens_q;
     slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;
     int64_t const slots = block_slots ? clusters * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
     int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
     minus_lse = slots * slot_blocks * c.block_m * c.head_dim * 4;
     minus_delta = minus_lse + rows * 4;
     head_key_blocks = p.cu_seqlens_k ? p.total_k / c.block_n + p.batch : p.batch * n_blocks;
-    bool const cut = !p.window.open();
+    cut = !p.window.open() || (c.lists && p.block_k % c.block_n);
     redo_keys = minus_delta + rows * 4;
     redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
-    bytes = redo_queries + (cut && whole_heads ? p.num_heads_q * head_blocks * 16 : 0);
+    taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
+    taken_bytes = c.takes() && !whole_heads ? (1 + tiles) * 4 : 0;
+    bytes = taken + taken_bytes;
   }
 };
 
@@ -218,9 +237,25 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.dq_sum = part(0);
   params.minus_lse = part(d.minus_lse);
   params.minus_delta = part(d.minus_delta);
-  if (!p.window.open()) {
+  if (d.cut) {
     params.redo_keys = reinterpret_cast<uint8_t*>(part(d.redo_keys));
-    if (d.whole_heads) params.redo_queries = reinterpret_cast<uint8_t*>(part(d.redo_queries));
+    if (!d.sums_added) params.redo_queries = reinterpret_cast<uint8_t*>(part(d.redo_queries));
+  }
+  if (c.lists) {
+    auto const lists = [](int64_t rows, int block) {
+      return static_cast<int>(ceil_div<int64_t>(rows, block));
+    };
+    params.kept_queries = {p.q_blocks, lists(p.seqlen_k, p.block_k), p.block_k / kListKeys,
+                           p.block_q / c.block_m};
+    params.kept_keys = {p.kv_blocks, lists(p.seqlen_q, p.block_q), p.block_q / c.block_m,
+                        p.block_k};
+    params.mask_block_q = p.block_q;
+    params.taken = reinterpret_cast<int*>(part(d.taken));
+    params.taker = params.taken + 1;
+    if (d.taken_bytes > 0)
+      cuda::check(cudaMemsetAsync(params.taken, 0xff, static_cast<size_t>(d.taken_bytes),
+                                  static_cast<cudaStream_t>(stream)),
+                  "flash_bwd_sm90: clearing the counter of tiles");
   }
   params.head_key_blocks = static_cast<int>(d.head_key_blocks);
   params.head_blocks = static_cast<int>(d.head_blocks);
@@ -309,8 +344,8 @@ std::vector<Kernel> table() {
     BwdConfig const& c = i.config;
     names.push_back(text("sm90-bwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v),
-                         c.terms ? "-terms" : "", c.few() ? "-few-" : "-", c.block_m, "x",
-                         c.block_n));
+                         c.lists ? "-blocks" : "", c.terms ? "-terms" : "", c.few() ? "-few-" : "-",
+                         c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;
     info.direction = FLASHCORE_BACKWARD;
@@ -318,7 +353,7 @@ std::vector<Kernel> table() {
     info.backend = "sm90";
     info.isa = "sm_90a";
     info.dtype = dtype_name(c.dtype);
-    info.mask = "window";
+    info.mask = c.lists ? "blocks" : "window";
     info.head_dim = c.head_dim;
     info.head_dim_v = c.head_dim_v;
     info.block_m = c.block_m;

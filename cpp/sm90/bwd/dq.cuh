@@ -68,7 +68,7 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
                       float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(part) - kFirst;
-  if (!p.whole_heads || (m >= work.complete && m < work.fresh)) {
+  if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
     add_dq<T>(sums, dq, quads);
   } else if (m >= work.complete) {
     set_dq<T>(sums, dq, quads);

@@ -44,13 +44,21 @@ struct Kernel {
     Ring ring = Ring::producer();
     uint32_t parity = 1;
     sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
+    sh.started = false;
     for (;;) {
       // Worked out before the wait, and kept where it takes no registers.
       tile::Tile tile;
-      if (sh.tiles.next(p, T::kBlockN, tile))
+      if (next_tile(p, sh, tile))
         sh.next.set(p, tile, T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
       else
         sh.next.key = -1;
+      if constexpr (T::kLists) {
+        if (sh.next.key >= 0) {
+          StepNote note;
+          sh.steps = typename T::ListSteps(p, sh.next);
+          if (!sh.steps.next(p, sh.next, note)) sh.next.last = sh.next.first;  // nothing is kept
+        }
+      }
       sh.k_free.wait(parity);
       sh.work.take(sh.next);
       if (sh.work.key < 0) break;
@@ -68,6 +76,19 @@ struct Kernel {
     let_next_kernel_begin();
   }
 
+  // With block lists tiles are of any length, and nobody knows it beforehand: so whoever is done
+  // takes the next one, from a counter in memory.
+  FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile) {
+    bool const taken = T::kTakes && !p.whole_heads;
+    int& at = sh.tiles.at();
+    if (taken && sh.started) at = atomicAdd(p.taken, 1) + 1 + static_cast<int>(gridDim.x);
+    if (T::kTakes) sh.started = true;
+    int const index = at;
+    if (!sh.tiles.next(p, T::kBlockN, tile)) return false;
+    if (taken) p.taker[index] = static_cast<int>(blockIdx.x);
+    return true;
+  }
+
   // K, V and the query blocks in the order in which they are used.
   FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, Ring& ring, uint32_t parity) {
     const Work& work = sh.work;
@@ -77,30 +98,45 @@ struct Kernel {
     int const key = work.k_begin + first_key, keys = work.seqlen_k - first_key;
     load<T::kKeys, T::kPanels>(sh.k, p.k, sh.k_ready, key, keys, work.kv_head, batch_k, once);
     bool fresh = true;
-    for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
-      int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
-      for (int m = work.first; m < work.last; ++m, stats += T::kBlockM) {
-        int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
-        int const rows = work.seqlen_q - m * T::kBlockM;
-        sh.free[s].wait(ring.parity);
-        load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
-                                     shared_by_tiles, sh.minus_lse[s], p.minus_lse + stats);
-        if (fresh) {
-          sh.v_free.wait(parity);
-          load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k,
-                                      once);
-          if constexpr (T::kByCluster) {
-            int const to_peer = T::kKeys * (1 - 2 * rank);
-            load<T::kKeys, T::kPeerPanels>(sh.peer_k, p.k, sh.peer_k_ready, key + to_peer,
-                                           keys - to_peer, work.kv_head, batch_k, once, nullptr,
-                                           nullptr, rank * T::kPeerPanels * kPanelCols);
-          }
-          fresh = false;
+    auto load_step = [&](int head, int m, int64_t stats) {
+      int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
+      int const rows = work.seqlen_q - m * T::kBlockM;
+      load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
+                                   shared_by_tiles, sh.minus_lse[s], p.minus_lse + stats);
+      if (fresh) {
+        sh.v_free.wait(parity);
+        load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k, once);
+        if constexpr (T::kByCluster) {
+          int const to_peer = T::kKeys * (1 - 2 * rank);
+          load<T::kKeys, T::kPeerPanels>(sh.peer_k, p.k, sh.peer_k_ready, key + to_peer,
+                                         keys - to_peer, work.kv_head, batch_k, once, nullptr,
+                                         nullptr, rank * T::kPeerPanels * kPanelCols);
         }
-        load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head,
-                                      batch_q, shared_by_tiles, sh.minus_delta[s],
-                                      p.minus_delta + stats);
-        ring.advance();
+        fresh = false;
+      }
+      load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head, batch_q,
+                                    shared_by_tiles, sh.minus_delta[s], p.minus_delta + stats);
+      ring.advance();
+    };
+    if constexpr (T::kLists) {
+      sh.steps = typename T::ListSteps(p, work);
+      StepNote note, next;
+      for (bool more = sh.steps.next(p, work, next); more;) {
+        note = next;
+        more = sh.steps.next(p, work, next);  // found out while the stage is still in use
+        note.last = !more;
+        sh.free[ring.stage].wait(ring.parity);
+        sh.note[ring.stage + static_cast<int>(ring.parity ^ 1) * T::kStages] = note;
+        load_step(note.head, note.m,
+                  (int64_t{note.head} * p.head_blocks + work.stats + note.m) * T::kBlockM);
+      }
+    } else {
+      for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
+        int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
+        for (int m = work.first; m < work.last; ++m, stats += T::kBlockM) {
+          sh.free[ring.stage].wait(ring.parity);
+          load_step(head, m, stats);
+        }
       }
     }
   }
@@ -184,9 +220,11 @@ struct Kernel {
     int const warp = threadIdx.x / 32 - 4;
     int const part = T::dq_part(consumer, rank);
     int const slot = blockIdx.x / T::kCluster;
-    KeyTiles tiles(slot, gridDim.x / T::kCluster);
+    bool const taken = T::kTakes && !p.whole_heads;
+    KeyTiles tiles(taken ? 0 : slot, taken ? 1 : gridDim.x / T::kCluster);
     Work work;
     for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
+      if (taken && p.taker[tiles.at() - 1] != static_cast<int>(blockIdx.x)) continue;
       work.set(p, tile, T::kBlockM, T::kBlockN, slot);
       int const key = work.key + T::first_key(consumer, rank) + warp % 4 * 16;
       if (int const redo = *redo_keys<T>(p, work, rank, warp))

@@ -35,6 +35,9 @@ class KeyTiles {
     return true;
   }
 
+  // Of those that are dealt out: which one next() looks at, among all. May only grow.
+  FC_HD constexpr int& at() { return at_; }
+
  private:
   int at_;          // tile among all; of whole heads, pair of batch and key head
   int blocks_;      // of the launch

@@ -50,7 +50,7 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
         launch_behind(flash_bwd_sm90<T>, params, blocks, T::kThreads, kBytes, T::kCluster, stream),
         "flash_bwd_sm90");
   }
-  if (params.dq.data && !params.whole_heads && query_blocks > 0) {
+  if (params.dq.data && (T::kLists || !params.whole_heads) && query_blocks > 0) {
     cuda::check(launch_behind(flash_bwd_sm90_postprocess<T>, params, query_blocks, T::Dq::kThreads,
                               0, 1, stream),
                 "flash_bwd_sm90_postprocess");

@@ -24,7 +24,7 @@ template <class T>
 FC_DEVICE void clear_dq(const BwdParams& p, const tile::Sequence& seq, QueryBlock at, int head) {
   using Element = typename T::Element;
   if (!p.dq.data) return;
-  if (!p.whole_heads) {
+  if (T::kLists || !p.whole_heads) {
     float4* const sums = reinterpret_cast<float4*>(dq_block<T>(p, blockIdx.x));
 #pragma unroll
     for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)

@@ -117,6 +117,23 @@ struct Repair {
     return (int64_t{head} * p.head_blocks + first_query_block(p, batch, T::kBlockM)) * T::kBlockM;
   }
 
+  // Visits to the keys that row i may see, and to the rows that may see key j.
+  FC_DEVICE static auto kept_keys(const BwdParams& p, int batch, int head, int64_t i) {
+    if constexpr (T::kLists)
+      return p.kept_keys.of(batch, head, static_cast<int>(i / T::kBlockM));
+    else
+      return tile::AllBlocks{};
+  }
+  FC_DEVICE static auto kept_rows(const BwdParams& p, int batch, int head, int64_t j) {
+    if constexpr (T::kLists) {
+      auto kept = p.kept_queries.of(batch, head, static_cast<int>(j / kListKeys));
+      kept.parts = p.mask_block_q;
+      return kept;
+    } else {
+      return tile::AllBlocks{};
+    }
+  }
+
   // Columns [first, last) of row i of dQ.
   FC_DEVICE static void dq_row(const BwdParams& p, const tile::Sequence& seq, int batch, int head,
                                int64_t i, int first, int last) {
@@ -126,8 +143,11 @@ struct Repair {
     int64_t const stats = stats_of(p, batch, head) + i;
     tile::KeyRange keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
     if (p.minus_lse[stats] == -INFINITY) keys.last = keys.first;
+    auto const kept = kept_keys(p, batch, head, i);
+    auto const end = kept.below(keys.last);
     KRow dq;
-    for (int64_t j = keys.first; j < keys.last; ++j) {
+    for (auto visit = kept.below(keys.first); visit < end; ++visit) {
+      int64_t const j = kept.at(visit);
       KRow const k = load<KRow>(p.k_ref, batch, kv_head, seq.k_begin + j, p.head_dim);
       VRow const v = load<VRow>(p.v_ref, batch, kv_head, seq.k_begin + j, p.head_dim_v);
       dq.add(pair(p, seq, batch, head, i, j, stats, q.dot(k), dout.dot(v)).ds, k);
@@ -157,8 +177,11 @@ struct Repair {
     if (padding) rows.last = rows.first;
     KRow dk;
     VRow dv;
-    for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head)
-      for (int64_t i = rows.first; i < rows.last; ++i) {
+    for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
+      auto const kept = kept_rows(p, work.batch, head, j);
+      auto const end = kept.below(rows.last);
+      for (auto visit = kept.below(rows.first); visit < end; ++visit) {
+        int64_t const i = kept.at(visit);
         int64_t const stats = stats_of(p, work.batch, head) + i;
         if (p.minus_lse[stats] == -INFINITY) continue;
         KRow const q = load<KRow>(p.q_ref, work.batch, head, seq.q_begin + i, p.head_dim);
@@ -167,6 +190,7 @@ struct Repair {
         dk.add(x.ds, q);
         dv.add(x.p, dout);
       }
+    }
     int64_t const to = seq.k_begin + j;
     if (want_dk && p.dk.data)
       store(p, p.dk, dk, p.scale, work.batch, work.kv_head, to, 0, p.head_dim);

@@ -34,6 +34,7 @@ struct StepsByCluster {
     // Its registers stay its own: they are read for a while after it was added to memory, and who
     // wants to write them waits for that.
     DqProduct rdQ;
+    if constexpr (T::kLists) c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
     Step at = c.first_step();
     c.sh.peer_k_ready.wait(parity);
     if constexpr (kFirst) {
@@ -43,7 +44,7 @@ struct StepsByCluster {
       wgmma_wait<0>();
       pin(rS);
       probabilities(c, rS, rP, rX, at);
-      Step before{0, -1, false, false};
+      Step before{0, -1, false, false, false};
       while (!at.last) {
         Step const next = first_step<true>(c, rP, rX, rdQ, at, before);
         before = at;
@@ -176,12 +177,13 @@ struct StepsByCluster {
     store_transposed(sh.ds[0], rdS, 0);  // where this warp read P
     fence_async_shared();
     send_ds(c);
-    Step const next = kNext ? c.step_after(at) : at;
+    Step next = kNext && !T::kLists ? c.step_after(at) : at;
 
     pin(rdQ);
     issue_dq(c, rdQ, stage);
     c.ring.advance();
     if constexpr (kNext) issue_dp(c, rdP);
+    if constexpr (kNext && T::kLists) next = c.step_after(at);
     wgmma_wait<kNext ? 2 : 1>();
     c.release(sh.free[stage]);
     wgmma_wait<kNext ? 1 : 0>();

@@ -58,13 +58,14 @@ struct StepsByGradient {
   FC_DEVICE static Step step(const Consumer& c, int buffer, Step at) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
-    Step const next = kNext ? c.step_after(at) : at;
+    Step next = kNext && !T::kLists ? c.step_after(at) : at;
     typename T::ScoreTile rS, rdP;
     DqPanel rdQ0, rdQ1;
     c.ring.advance();
 
     if constexpr (kNext) {
       Made::issue_s(c, rS);
+      if constexpr (T::kLists) next = c.step_after(at);
       Made::issue_dp(c, rdP);
     }
     wgmma_fence();

@@ -128,8 +128,7 @@ struct StepsByKeys {
     c.release(sh.free[stage]);
     if constexpr (!kNext) c.release(sh.v_free);
     if constexpr (kNext) score(c, rS);
-    bool const new_head = at.m == c.work().first;
-    int const head = at.head - new_head, m = (new_head ? c.work().last : at.m) - 1;
+    auto const [head, m] = c.before(at);
     float* const sums = dq_sums<T, 0>(c.p, c.work(), c.index, head, m);
     Step const next = kNext ? c.step_after(at) : at;
     wgmma_wait<kNext ? 1 : 0>();  // dQ is complete, S may still be running

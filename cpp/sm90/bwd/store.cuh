@@ -49,6 +49,7 @@ FC_DEVICE void store_pairs(const Matrix& m, bool add, const float (&x)[N], float
 template <class Element, int N>
 FC_DEVICE void store_chunks(const Matrix& m, const float (&x)[N], float scale, int batch, int head,
                             int64_t row, int valid, int rows, int col, int cols) {
+  static_assert(N % 16 == 0);  // of 32 columns
   int const lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -22,7 +22,7 @@ struct PlainScores {
   template <int N>
   FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N],
                                       uint32_t (&packed)[N / 2], Step at, int query, const float*) {
-    if (at.masked) exclude(s, c.keys(), query, -INFINITY);
+    if (at.masked) exclude(s, c.keys(at), query, -INFINITY);
     exponentiate(s, c.p.scale_log2);
     pack_tile<Element>(packed, s);
   }
@@ -30,7 +30,7 @@ struct PlainScores {
   FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N],
                                   Step at, int query, const float*) {
     differentiate(dp, s);
-    if (at.masked) exclude(dp, c.keys(), query, 0.0f);
+    if (at.masked) exclude(dp, c.keys(at), query, 0.0f);
   }
 };
 
@@ -51,7 +51,7 @@ struct TermScores {
 #pragma unroll
       for (float& x : s) x = tanh_approx(x * p.softcap_inner);
     }
-    if (at.masked) exclude(s, c.keys(), query, -INFINITY);
+    if (at.masked) exclude(s, c.keys(at), query, -INFINITY);
     float const minus_slope =
         p.alibi_slopes ? -p.alibi_slopes[c.work().batch * p.alibi_batch_stride + at.head] *
                              rcp_approx(p.score_scale)
@@ -97,7 +97,7 @@ struct TermScores {
       float const x = s[i] < 0.0f ? 0.0f : dp[i];
       dp[i] = fabsf(s[i]) * __fmaf_rn(x, c.p.dropout_scale, i % 2 ? of_queries.y : of_queries.x);
     }
-    if (at.masked) exclude(dp, c.keys(), query, 0.0f);
+    if (at.masked) exclude(dp, c.keys(at), query, 0.0f);
   }
 
  private:

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "sm90/bwd/dq_layout.h"
+#include "sm90/bwd/list_steps.h"
 #include "sm90/bwd/work.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/wgmma.cuh"
@@ -20,6 +21,9 @@ struct Traits {
   static constexpr int kPanels = ceil_div(kHeadDim, kPanelCols);
   static constexpr int kPanelsV = ceil_div(kHeadDimV, kPanelCols);
   static constexpr bool kTerms = kConfig.terms;
+  static constexpr bool kLists = kConfig.lists;
+  static constexpr bool kTakes = kConfig.takes();
+  using ListSteps = bwd::ListSteps<kConfig.block_n / kListKeys>;
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
@@ -71,8 +75,8 @@ struct Traits {
     alignas(1024) char ds[kDsBuffers][kDsBytes];
     alignas(1024) char p[kConfig.by_gradient() ? 2 : 1][kConfig.by_gradient() ? kDsBytes : 1];
     // The other block's dS, and the columns of its K that dQ takes here.
-    alignas(1024) char peer_ds[kByCluster ? kDsBytes : 1];
-    alignas(1024) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
+    alignas(kByCluster ? 1024 : 1) char peer_ds[kByCluster ? kDsBytes : 1];
+    alignas(kByCluster ? 1024 : 1) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
     alignas(128) float minus_lse[kStages][kBlockM];
     alignas(128) float minus_delta[kStages][kBlockM];
     Work work, next;
@@ -82,6 +86,10 @@ struct Traits {
     Barrier k_ready, v_ready, k_free, v_free;
     Barrier ds_ready[kDsBuffers], ds_free[kDsBuffers], p_ready, peer_k_ready;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
+    // With block lists. Of twice as many steps as there are stages: dQ comes a step late.
+    StepNote note[kLists ? 2 * kStages : 1];
+    std::conditional_t<kLists, ListSteps, char> steps;
+    bool started;  // the producer has a tile; with tiles that are taken
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 

@@ -10,6 +10,7 @@
 #include "sm90/bwd/dq_layout.h"
 #include "sm90/bwd/dropout.h"
 #include "sm90/bwd/key_tiles.h"
+#include "sm90/bwd/list_steps.h"
 #include "sm90/bwd/query_blocks.h"
 #include "sm90/layout.h"
 
@@ -243,6 +244,76 @@ TEST("threads that trade halves of two Philox calls get the bits of the scores t
             }
           }
         }
+      }
+}
+
+namespace {
+
+// What ListSteps reads.
+struct ListParams {
+  int group;
+  tile::BlockLists kept_queries;
+};
+struct ListWork {
+  int kv_head, batch, key, first, last, full, last_full;
+  bool masked(int m) const { return m < full || m >= last_full; }
+};
+
+// kept[head][key block][query block], in blocks of 64 * key_units keys and query_parts of the
+// kernel's query blocks; a tile of kHalves * 64 keys in the middle of it.
+template <int kHalves>
+void check_list_steps(std::mt19937& random, int key_units, int query_parts) {
+  constexpr int kHeads = 3, kKeyBlocks = 4, kQueryBlocks = 5;
+  bool kept[kHeads][kKeyBlocks][kQueryBlocks];
+  int32_t count[kHeads][kKeyBlocks] = {}, indices[kHeads][kKeyBlocks][kQueryBlocks];
+  unsigned const sparsity = random() % 5;
+  for (int h = 0; h < kHeads; ++h)
+    for (int k = 0; k < kKeyBlocks; ++k)
+      for (int q = 0; q < kQueryBlocks; ++q)
+        if ((kept[h][k][q] = random() % 4 >= sparsity)) indices[h][k][count[h][k]++] = q;
+  ListParams const p{
+      kHeads,
+      {{count[0], indices[0][0], 0, kKeyBlocks, 0, kKeyBlocks * kQueryBlocks, kQueryBlocks},
+       kKeyBlocks,
+       key_units,
+       query_parts}};
+  int const blocks = kQueryBlocks * query_parts;
+  int const tile = static_cast<int>(random() % (kKeyBlocks * key_units / kHalves + 1));
+  int const first = static_cast<int>(random() % blocks), last = first + random() % (blocks - first);
+  ListWork const work{0, 0, tile * kHalves * 64, first, last, first + 1, last - 1};
+
+  std::vector<StepNote> steps;
+  ListSteps<kHalves> walk(p, work);
+  for (StepNote note{}; walk.next(p, work, note);) steps.push_back(note);
+  size_t at = 0;
+  for (int h = 0; h < kHeads; ++h)
+    for (int m = first; m < last; ++m) {
+      bool skips[2] = {true, true};
+      for (int half = 0; half < kHalves; ++half) {
+        int const block = (tile * kHalves + half) / key_units;
+        skips[half] = block >= kKeyBlocks || !kept[h][block][m / query_parts];
+      }
+      if (skips[0] && (kHalves == 1 || skips[1])) continue;
+      CHECK(at < steps.size());
+      if (at == steps.size()) return;
+      StepNote const& note = steps[at++];
+      CHECK_EQ(note.head, h);
+      CHECK_EQ(note.m, m);
+      for (int half = 0; half < kHalves; ++half) CHECK_EQ(note.skips[half], skips[half]);
+      CHECK_EQ(note.masked, work.masked(m) || skips[0] || (kHalves == 2 && skips[1]));
+    }
+  CHECK_EQ(at, steps.size());
+}
+
+}  // namespace
+
+TEST("a tile's steps are to the query blocks that the lists of its keys keep, in order") {
+  std::mt19937 random(5);
+  for (int trial = 0; trial < 3000; ++trial)
+    for (int key_units : {1, 2, 3, 4})
+      for (int query_parts : {1, 2, 3}) {
+        check_list_steps<1>(random, key_units, query_parts);
+        check_list_steps<2>(random, key_units, query_parts);
       }
 }
 

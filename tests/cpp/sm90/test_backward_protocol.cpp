@@ -39,6 +39,12 @@ struct Backward : Machine {
   }
   static constexpr int p(int buffer, int warp) { return ds(2 + buffer, warp); }
 
+  // With block lists, of the step whose Q is in the ring's stage, or of one before it.
+  static int note(const Ring<kStages>& ring, uint32_t first_lap, int before = 0) {
+    int const slot = ring.stage + static_cast<int>(ring.parity ^ first_lap) * kStages - before;
+    return ds(4, 0) + slot + (slot < 0 ? 2 * kStages : 0);
+  }
+
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
   // steps[t]: steps of tile t; may be 0.
@@ -47,7 +53,7 @@ struct Backward : Machine {
       bool const ready = b == k_ready || b == v_ready || (b >= stages && b < free_(0));
       barriers.emplace_back(ready ? 1 : b == head_start ? kWarps / 2 : kWarps);
     }
-    buffers.resize(ds(4, 0));
+    buffers.resize(ds(4, 0) + 2 * kStages);
     programs.push_back(producer(steps));
     for (int w = 0; w < kWarps; ++w) programs.push_back(Warp{kind, w, {}, {}}.program(steps));
   }
@@ -74,6 +80,7 @@ struct Backward : Machine {
       load(k_ready, k, value(t, 0, 0));
       for (int i = 0; i < steps[t]; ++i) {
         wait(free_(ring.stage), ring.parity);
+        program.push_back({Op::write, -1, note(ring, 1), 0, value(t, i, 6)});
         load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
         if (i == 0) {
           wait(v_free, parity);
@@ -109,6 +116,10 @@ struct Backward : Machine {
     }
     void end(const std::vector<Read>& reads) {
       for (Read const& r : reads) out.push_back({Op::end_read, -1, r.buffer});
+    }
+    void read(int buffer, int value) {
+      begin({{buffer, value}});
+      end({{buffer, value}});
     }
     void write(int buffer, int value) { out.push_back({Op::write, -1, buffer, 0, value}); }
     void meet() {
@@ -189,6 +200,8 @@ struct Backward : Machine {
         if (!next) arrive(v_free);
         std::vector<Read> s;
         if (next) s = score(i + 1);
+        if (!first) read(note(ring, 0, 2), value(t, i - 1, 6));
+        if (next) read(note(ring, 0), value(t, i + 1, 6));
         if (!first) {
           end(dq);
           arrive(ds_free + parts.stage);
@@ -239,6 +252,7 @@ struct Backward : Machine {
         ring.advance();
         if (i + 1 < steps) {
           issue_s(i + 1);
+          read(note(ring, 0), value(t, i + 1, 6));
           issue_dp(i + 1);
         }
         begin(products);
