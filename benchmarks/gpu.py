@@ -150,9 +150,12 @@ def take_turns(
     return times
 
 
-def check(torch: Any, p: Problem, x: Inputs, got: Any, direction: str = "fwd") -> None:
+def check(
+    torch: Any, p: Problem, x: Inputs, got: Any, direction: str = "fwd", kept: Any = None
+) -> None:
     """The timed call itself, on the heads of its last key head (of its last document).
 
+    kept: which pairs of these heads are visible, if not all that the problem says.
     Passes when its errors are at most twice those of plain attention in the same dtype: three times
     for gradients, whose sums are longer.
     """
@@ -163,8 +166,9 @@ def check(torch: Any, p: Problem, x: Inputs, got: Any, direction: str = "fwd") -
         return t[rows, ..., -heads:, :].transpose(-2, -3)
 
     inputs = [part(x.q, group), part(x.k, 1), part(x.v, 1), part(x.dout, group)]
-    exact = definition(torch, p, direction, torch.float64, *inputs)
-    plain = definition(torch, p, direction, x.q.dtype, *inputs)
+    exact, plain = (
+        definition(torch, p, direction, dtype, inputs, kept) for dtype in (torch.float64, x.q.dtype)
+    )
     factor = 2 if direction == "fwd" else 3
     results = {"out": got} if direction == "fwd" else dict(zip(("dq", "dk", "dv"), got))
     for (name, g), e, same in zip(results.items(), exact, plain):
@@ -175,18 +179,20 @@ def check(torch: Any, p: Problem, x: Inputs, got: Any, direction: str = "fwd") -
 
 
 def definition(
-    torch: Any, p: Problem, direction: str, dtype: Any, q: Any, k: Any, v: Any, dout: Any
+    torch: Any, p: Problem, direction: str, dtype: Any, inputs: list[Any], kept: Any = None
 ) -> tuple[Any, ...]:
-    """(out,) or (dq, dk, dv) of (heads, S, D) tensors; products have operands of this dtype."""
-    q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
+    """(out,) or (dq, dk, dv); inputs: q, k, v, dout (heads, S, D); dtype: of operands."""
+    q, k, v, dout = (t.to(dtype) for t in inputs)
     scale = p.head_dim**-0.5
     diagonal = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
     j = torch.arange(k.shape[1], device=q.device)[None, :]
     hidden = (j > diagonal) & bool(p.causal or p.window)
     if p.window:
         hidden |= j < diagonal - p.window
+    if kept is not None:
+        hidden = hidden | ~kept
     s = (q @ k.mT).double() * scale
-    weights = torch.softmax(s.masked_fill_(hidden, float("-inf")), dim=-1)
+    weights = torch.softmax(s.masked_fill_(hidden, float("-inf")), dim=-1).nan_to_num_()
     out = weights.to(dtype) @ v
     if direction == "fwd":
         return (out.double(),)

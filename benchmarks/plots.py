@@ -17,6 +17,8 @@ COLOURS = {
     "fa2": "#2e4057",
     "fa3": "#00798c",
     "eager": "#9a9a9a",
+    "dense": "#9a9a9a",
+    "flex": "#2e4057",
 }
 
 
@@ -138,6 +140,37 @@ def gpu(result: dict[str, Any], path: Path) -> None:
     direction = {"fwd": "forward", "bwd": "backward"}[result["direction"]]
     note = f"{result['device']}, {direction}. Dashed: 8192³ bf16 matmul, {ceiling:.0f} TFLOP/s"
     figure.text(0.01, -0.015, note, fontsize=8, color="#555555")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def sparse(result: dict[str, Any], path: Path) -> None:
+    """Time of each peer against density (a panel per length) or against length; both log-log."""
+    plt = pyplot()
+    if plt is None:
+        return
+    cells = [c for c in result["cells"] if "us" in c]
+    over, label = ("density", "kept blocks") if result["set"] == "density" else ("seqlen", "keys")
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for c in cells:
+        parts = c["cell"].split("-")
+        title = f"{parts[0]}, {parts[2]}, blocks of {parts[1].rsplit('x', 1)[1]}"
+        panels.setdefault(title if over == "density" else parts[0], []).append(c)
+    panels = {title: rows for title, rows in panels.items() if len({c[over] for c in rows}) > 1}
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
+    for axis, (title, rows) in zip(axes.flat, panels.items()):
+        for peer in dict.fromkeys(c["peer"] for c in rows):
+            mine = sorted((c[over], c["us"]) for c in rows if c["peer"] == peer)
+            axis.plot(*zip(*mine), marker="o", label=peer, color=COLOURS.get(peer, "#777777"))
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.flat[0].set_ylabel("microseconds")
+    axes.flat[0].legend()
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
