@@ -20,6 +20,7 @@ RULE = "|---|---|---|---|---|---|\n"
 DEVICES = {"cpu": "CPU", "sm90": "NVIDIA Hopper (sm90)", "sm80": "NVIDIA Ampere, Ada (sm80)"}
 MASKS = {
     "any": "causal, window, mask, lengths, block mask",
+    "blocks": "block mask",
     "window": "causal, window",
     "causal": "causal, window without a left side",
     "none": "none",
@@ -39,7 +40,7 @@ def rows() -> dict[str, str]:
         sizes = sorted({k.head_dim for k in chosen})
         head_dim = "any" if 0 in sizes else f"multiples of 8 to {sizes[-1]}"
         masks = [k.mask for k in chosen]
-        shown = [MASKS[m] for m in ("any", "window", "causal", "none") if m in masks]
+        shown = [MASKS[m] for m in ("any", "window", "causal", "none", "blocks") if m in masks]
         if len(shown) > 1:
             shown = [s for s in shown if s != "none"]
         key = f"| {DEVICES[backend]} | {direction} |"

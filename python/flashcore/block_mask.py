@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flashcore import block_patterns
-from flashcore._arguments import block_size, check_integers, seqlens
+from flashcore import block_lists, block_patterns, block_picture
+from flashcore._arguments import block_size, check_integers, integer, seqlens
 from flashcore.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockMask"]
 
-_PICTURE = 48  # most rows and columns that str() draws
-
 
 class BlockMask:
     """The block pairs that attention computes; every other pair is excluded.
@@ -27,8 +25,9 @@ class BlockMask:
     key is visible when all of them let it be, so a finer pattern is a block mask plus one of those.
     Time is proportional to the kept blocks.
 
-    Make one with `from_dense`, `from_bsr`, `from_intervals`, `butterfly` or `sliding`, or from the
-    four lists directly.
+    Make one with `from_dense`, `from_blocks`, `from_bsr`, `from_intervals`, `from_documents`,
+    `from_flex`, `butterfly`, `sliding`, `dilated` or `strips`, from others by `|`, `&` and
+    `reblocked`, or from the four lists directly.
 
     Parameters
     ----------
@@ -261,9 +260,170 @@ class BlockMask:
         )
 
     @classmethod
-    def _from_kept(cls, kept: Any, block: tuple[int, int], shape: tuple[int, int]) -> BlockMask:
-        kept = kept.reshape((1,) * (4 - kept.ndim) + kept.shape)
-        return cls(*_lists(kept), *_lists(kept.swapaxes(2, 3)), block, shape)
+    def dilated(
+        cls,
+        seqlen_q: int,
+        seqlen_k: int | None = None,
+        block: tuple[int, int] = (128, 128),
+        *,
+        step: int,
+        reach: int,
+        global_blocks: int = 0,
+    ) -> BlockMask:
+        """A sliding window with gaps: blocks at 0, step, 2 step, ... reach * step on either side.
+
+        Parameters
+        ----------
+        seqlen_q, seqlen_k : int
+            Lengths; seqlen_k defaults to seqlen_q. Where they differ the pattern is stretched.
+        block : (int, int)
+            Rows and keys in a block.
+        step : int
+            Distance from one kept block to the next, in blocks; at least 1.
+        reach : int
+            Kept blocks on each side of the diagonal.
+        global_blocks : int
+            The first so many blocks see, and are seen by, everything.
+        """
+        return cls._from_kept(
+            *block_patterns.dilated(seqlen_q, seqlen_k, block, step, reach, global_blocks)
+        )
+
+    @classmethod
+    def strips(
+        cls,
+        seqlen_q: int,
+        seqlen_k: int | None = None,
+        block: tuple[int, int] = (128, 128),
+        *,
+        rows: int = 0,
+        columns: int = 0,
+    ) -> BlockMask:
+        """The first so many rows and columns of blocks: global tokens, to be united with others."""
+        return cls._from_kept(*block_patterns.strips(seqlen_q, seqlen_k, block, rows, columns))
+
+    @classmethod
+    def from_documents(
+        cls,
+        cu_seqlens: Any,
+        block: tuple[int, int] = (128, 128),
+        *,
+        causal: bool = False,
+        keep_partial: bool = False,
+    ) -> BlockMask:
+        """Documents one after the other in one sequence, none of which sees another.
+
+        Parameters
+        ----------
+        cu_seqlens : int array (documents + 1,)
+            Where each begins, from 0 to the length of the sequence.
+        block : (int, int)
+            Rows and keys in a block.
+        causal : bool
+            Leave out the blocks above the diagonal too. Those on it are kept whole: pass
+            causal=True to `attention` as well.
+        keep_partial : bool
+            A document may end inside a block. False: refused. True: such a block is kept whole, so
+            neighbours see each other in it unless mask= says the rest.
+
+        Notes
+        -----
+        Packed sequences (cu_seqlens_q, cu_seqlens_k of `attention`) need no block mask for that.
+        """
+        return cls._from_kept(*block_patterns.documents(cu_seqlens, block, causal, keep_partial))
+
+    @classmethod
+    def from_blocks(
+        cls, kept: Any, block: tuple[int, int] = (128, 128), shape: tuple[int, int] | None = None
+    ) -> BlockMask:
+        """Which blocks are kept, one by one. Made where kept is: nothing waits for a GPU.
+
+        Parameters
+        ----------
+        kept : bool array (q_blocks, kv_blocks), (H, q_blocks, kv_blocks) or with batch in front
+            True = kept. NumPy, PyTorch, CuPy or JAX; so will the lists be. B and H may be 1.
+        block : (int, int)
+            Rows and keys in a block.
+        shape : (int, int), optional
+            seqlen_q and seqlen_k. Default: whole blocks, and calls of any length with as many.
+
+        Raises
+        ------
+        ArgumentError
+            kept is not boolean or has another rank, or shape has another number of blocks.
+        """
+        if (
+            not hasattr(kept, "dtype")
+            or "bool" not in str(kept.dtype)
+            or kept.ndim not in (2, 3, 4)
+        ):
+            raise ArgumentError(
+                "[BlockMask.from_blocks] kept must be a boolean array (q_blocks, kv_blocks), "
+                "optionally with heads and batch in front, got "
+                f"{getattr(kept, 'dtype', type(kept).__name__)} {tuple(getattr(kept, 'shape', ()))}"
+            )
+        return cls._from_kept(kept, block_size("BlockMask.from_blocks", block), shape)
+
+    @classmethod
+    def from_flex(cls, mask: Any) -> BlockMask:
+        """The blocks of a torch.nn.attention.flex_attention.BlockMask.
+
+        Its mask_mod is not read: blocks that it cuts are kept whole, so pass causal=, window_size=
+        or mask= for what it does inside them. Nothing waits for a GPU.
+        """
+        q_blocks, kv_blocks = mask.kv_num_blocks.shape[-1], mask.q_num_blocks.shape[-1]
+        block, lengths = tuple(mask.BLOCK_SIZE), tuple(mask.seq_lengths)
+        kept = block_lists.kept_of(mask.kv_num_blocks, mask.kv_indices, kv_blocks)
+        if mask.full_kv_num_blocks is not None:
+            kept = kept | block_lists.kept_of(
+                mask.full_kv_num_blocks, mask.full_kv_indices, kv_blocks
+            )
+        assert kept.shape[-2] == q_blocks
+        return cls._from_kept(kept, block, lengths)
+
+    @classmethod
+    def _from_kept(
+        cls, kept: Any, block: tuple[int, int], shape: tuple[int, int] | None
+    ) -> BlockMask:
+        kept = kept.reshape((1,) * (4 - kept.ndim) + tuple(kept.shape))
+        columns = kept.swapaxes(2, 3)
+        return cls(*block_lists.lists_of(kept), *block_lists.lists_of(columns), block, shape)
+
+    # ---- from others -----------------------------------------------------------------------------
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        """The blocks that either keeps. For arrays of PyTorch, or that NumPy can read."""
+        return self._combined(other, lambda a, b: a | b)
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        """The blocks that both keep."""
+        return self._combined(other, lambda a, b: a & b)
+
+    def _combined(self, other: BlockMask, rule: Callable[[Any, Any], Any]) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        if (self.block, self.shape) != (other.block, other.shape):
+            raise ArgumentError(
+                f"[BlockMask] masks of {self.shape} in blocks of {self.block} and of {other.shape} "
+                f"in blocks of {other.block} do not combine: see reblocked"
+            )
+        return self._from_kept(
+            rule(self._kept(), other._kept()), self.block, self.lengths or other.lengths
+        )
+
+    def reblocked(self, block: tuple[int, int], *, keep_partial: bool = False) -> BlockMask:
+        """The same pairs in blocks of another size. For arrays that NumPy can read.
+
+        Parameters
+        ----------
+        block : (int, int)
+            The new size. A block of it that would be kept in part is refused, or, with
+            keep_partial, kept whole.
+        """
+        kept, block, _ = block_patterns.reblocked(
+            self.to_blocks(), self.block, self.shape, block, keep_partial
+        )
+        return self._from_kept(kept, block, self.lengths)
 
     # ---- reading ---------------------------------------------------------------------------------
 
@@ -283,11 +443,12 @@ class BlockMask:
         import numpy as np
 
         count, indices = np.asarray(self.kv_num_blocks), np.asarray(self.kv_indices)
-        kept = np.zeros((*count.shape, self.q_num_blocks.shape[2]), bool)
-        listed = np.arange(indices.shape[-1]) < count[..., None]
-        b, h, row, _ = np.nonzero(listed)
-        kept[b, h, row, indices[listed]] = True
+        kept: Bools = block_lists.kept_of(count, indices, self.q_num_blocks.shape[2])
         return kept
+
+    def _kept(self) -> Any:
+        """The same, where the lists are if they are PyTorch's."""
+        return block_lists.kept_of(self.kv_num_blocks, self.kv_indices, self.q_num_blocks.shape[2])
 
     def to_dense(self) -> Bools:
         """bool (B, H, seqlen_q, seqlen_k): True = visible, as far as this mask goes."""
@@ -310,29 +471,26 @@ class BlockMask:
 
     def __str__(self) -> str:
         """The repr and a picture of the first batch and head, one row of text per query block."""
-        import numpy as np
-
-        lines = [repr(self)]
         kept = self.to_blocks()
-        if kept.size == 0:
-            return lines[0]
-        picture = kept[0, 0]
-        for axis in (0, 1):  # a character of a large picture stands for several blocks: any kept
-            step = -(-picture.shape[axis] // _PICTURE)
-            at = np.arange(0, picture.shape[axis], step)
-            picture = np.logical_or.reduceat(picture, at, axis=axis)
-        lines += ["".join("█" if x else "·" for x in row) for row in picture]
-        return "\n".join(lines)
+        return "\n".join([repr(self)] + (block_picture.text(kept[0, 0]) if kept.size else []))
 
+    def plot(self, path: Any = None, *, batch: int = 0, head: int = 0) -> bytes:
+        """A PNG of one batch and head, kept blocks dark; written to path if that is given.
 
-def _lists(kept: Any) -> tuple[Any, Any]:
-    """Counts and ascending indices of the True entries along the last axis."""
-    import numpy as np
-
-    count = kept.sum(-1, dtype=np.int32)
-    capacity = max(int(count.max(initial=0)), 1)
-    indices = np.zeros((*count.shape, capacity), np.int32)
-    position = np.cumsum(kept, axis=-1) - 1
-    *where, column = np.nonzero(kept)
-    indices[(*where, position[kept])] = column
-    return count, indices
+        For arrays that NumPy can read. A mask without blocks is refused.
+        """
+        kept = self.to_blocks()
+        batch, head = (
+            integer("BlockMask.plot", "batch", batch),
+            integer("BlockMask.plot", "head", head),
+        )
+        if kept.size == 0 or batch >= kept.shape[0] or head >= kept.shape[1]:
+            raise ArgumentError(
+                f"[BlockMask.plot] batch {batch}, head {head} of a mask with {kept.shape}: "
+                "(batch, heads, query blocks, key blocks) has no such picture"
+            )
+        picture = block_picture.png(kept[batch, head])
+        if path is not None:
+            with open(path, "wb") as file:
+                file.write(picture)
+        return picture

@@ -6,6 +6,7 @@ last two dimensions are query and key blocks, after batch and heads where there 
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 from flashcore._arguments import block_size, integer, lengths, numpy_array, pair, seqlens
@@ -204,6 +205,92 @@ def sliding(
     if right is not None:
         kept &= first_key <= last_row + offset + right
     return _with_global(kept, global_blocks), block, shape
+
+
+def dilated(
+    seqlen_q: int,
+    seqlen_k: int | None,
+    block: tuple[int, int],
+    step: int,
+    reach: int,
+    global_blocks: int,
+) -> Pattern:
+    import numpy as np
+
+    call = "BlockMask.dilated"
+    shape = lengths(call, seqlen_q, seqlen_k)
+    block = block_size(call, block)
+    step, reach = integer(call, "step", step, 1), integer(call, "reach", reach)
+    global_blocks = integer(call, "global_blocks", global_blocks)
+    q_blocks, kv_blocks = block_counts(shape, block)
+    n = max(q_blocks, kv_blocks, 1)
+    row = (np.arange(q_blocks) * n // max(q_blocks, 1))[:, None]
+    distance = np.abs(row - np.arange(kv_blocks) * n // max(kv_blocks, 1))
+    kept = (distance % step == 0) & (distance <= step * reach)
+    return _with_global(kept, global_blocks), block, shape
+
+
+def strips(
+    seqlen_q: int, seqlen_k: int | None, block: tuple[int, int], rows: int, columns: int
+) -> Pattern:
+    import numpy as np
+
+    call = "BlockMask.strips"
+    shape = lengths(call, seqlen_q, seqlen_k)
+    block = block_size(call, block)
+    kept = np.zeros(block_counts(shape, block), bool)
+    kept[: integer(call, "rows", rows), :] = True
+    kept[:, : integer(call, "columns", columns)] = True
+    return kept, block, shape
+
+
+def documents(cu_seqlens: Any, block: tuple[int, int], causal: bool, keep_partial: bool) -> Pattern:
+    import numpy as np
+
+    call = "BlockMask.from_documents"
+    block = block_size(call, block)
+    cu = numpy_array(call, "cu_seqlens", cu_seqlens)
+    if cu.ndim != 1 or cu.dtype.kind not in "iu" or len(cu) < 1:
+        raise ArgumentError(
+            f"[{call}] cu_seqlens must be a 1-D integer array, got {cu.dtype} {cu.shape}"
+        )
+    cu = cu.astype(np.int64)
+    if cu[0] != 0 or (np.diff(cu) < 0).any():
+        raise ArgumentError(f"[{call}] cu_seqlens must rise from 0, got {cu.tolist()}")
+    length = int(cu[-1])
+    lengths_of = np.diff(cu)
+    start, end = np.repeat(cu[:-1], lengths_of), np.repeat(cu[1:], lengths_of)
+    kept, block, shape = intervals(start, end, length, block, True)
+    if not keep_partial and length:
+        inside = [int(x) for x in cu[1:-1] if x % block[0] or x % block[1]]
+        if inside:
+            raise ArgumentError(
+                f"[{call}] a document ends at {inside[0]}, inside a block of {block}: use smaller "
+                "blocks, or keep_partial=True and say the rest with mask="
+            )
+    if causal:
+        last_row = np.arange(1, kept.shape[-2] + 1) * block[0] - 1
+        kept &= np.arange(kept.shape[-1]) * block[1] <= last_row[:, None]
+    return kept, block, shape
+
+
+def reblocked(
+    kept: Any, old: tuple[int, int], shape: tuple[int, int], new: Any, keep_partial: bool
+) -> Pattern:
+    call = "BlockMask.reblocked"
+    new = block_size(call, new)
+    unit = gcd(old[0], new[0]), gcd(old[1], new[1])
+    units = block_counts(shape, unit)
+    fine = kept.repeat(old[0] // unit[0], 2).repeat(old[1] // unit[1], 3)
+    sizes = (new[0] // unit[0], new[1] // unit[1])
+    try:
+        coarse, *_ = dense(fine[:, :, : units[0], : units[1]], sizes, keep_partial)
+    except ArgumentError:
+        raise ArgumentError(
+            f"[{call}] some blocks of {new} would be kept in part: use smaller ones, or "
+            "keep_partial=True and say the rest with mask=, causal= or window_size="
+        ) from None
+    return coarse, new, shape
 
 
 def block_counts(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
