@@ -371,14 +371,13 @@ class BlockMask:
         Its mask_mod is not read: blocks that it cuts are kept whole, so pass causal=, window_size=
         or mask= for what it does inside them. Nothing waits for a GPU.
         """
-        q_blocks, kv_blocks = mask.kv_num_blocks.shape[-1], mask.q_num_blocks.shape[-1]
         block, lengths = tuple(mask.BLOCK_SIZE), tuple(mask.seq_lengths)
+        _, kv_blocks = block_patterns.block_counts(lengths, block)
         kept = block_lists.kept_of(mask.kv_num_blocks, mask.kv_indices, kv_blocks)
         if mask.full_kv_num_blocks is not None:
             kept = kept | block_lists.kept_of(
                 mask.full_kv_num_blocks, mask.full_kv_indices, kv_blocks
             )
-        assert kept.shape[-2] == q_blocks
         return cls._from_kept(kept, block, lengths)
 
     @classmethod
