@@ -96,7 +96,7 @@ ONE_PART = {"split_size": 2**20}  # of the keys: asks for a kernel that is chose
 
 def check(case: Case, **more: Any) -> Run:
     """Against the definition in float64 and the CPU backend; twice the same bits. The kernel that a
-    larger batch would get must agree."""
+    larger batch would get must agree, and twice too."""
     done = run(case, **more)
     result, a = done.result, done.arrays
     assert result.lse.dtype == torch.float32 and result.out.device.type == DEVICE
@@ -105,5 +105,7 @@ def check(case: Case, **more: Any) -> Run:
     assert_near_the_cpu(result, cpu)
     assert_same_bits(result, done.again())
     if not {"num_splits", "split_size"} & done.options.keys():
-        assert_near_the_cpu(done.again(**ONE_PART), cpu)
+        one = done.again(**ONE_PART)
+        assert_near_the_cpu(one, cpu)
+        assert_same_bits(one, done.again(**ONE_PART))
     return done

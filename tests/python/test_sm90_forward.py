@@ -10,7 +10,15 @@ import cases
 import numpy as np
 import pytest
 from cases import Case
-from gpu import assert_near_the_cpu, assert_same_bits, check, on_gpu, run, why_refused
+from gpu import (
+    ONE_PART,
+    assert_near_the_cpu,
+    assert_same_bits,
+    check,
+    on_gpu,
+    run,
+    why_refused,
+)
 
 import flashcore as fc
 from flashcore.testing import assert_close_to_reference, assert_within_rule, to_numpy
@@ -19,6 +27,16 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
 NAN, INF = float("nan"), float("inf")
+
+
+def every_kernel(*dims: int) -> list:
+    """(d, more) for a test whose call is small: at head dims 128 and 256 there are kernels for such
+    calls alone, so there the call is also made for the one that a larger batch would get."""
+    return [
+        pytest.param(d, more, id=f"{d}-main" if more else f"{d}")
+        for d in dims
+        for more in (({}, ONE_PART) if d in (128, 256) else ({},))
+    ]
 
 
 # ---- every option -------------------------------------------------------------------------------
@@ -158,8 +176,9 @@ def test_every_head_dim(d):
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 4.0, "strides": "sliced"}])
-def test_values_of_another_head_dim(d, dv, options):
-    check(PLAIN.but(d=d, dv=dv, **options))
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_values_of_another_head_dim(d, dv, options, dtype):
+    check(PLAIN.but(d=d, dv=dv, dtype=dtype, **options))
 
 
 def random_case(n: int) -> Case:
@@ -182,10 +201,13 @@ def random_case(n: int) -> Case:
         "align": r.choice(("bottom_right", "bottom_right", "top_left")),
         "strides": r.choice(("packed", "packed", "sliced")),
         "sinks": r.random() < 0.3,
-        "softcap": r.choice((0.0, 0.0, 1.0, 20.0)),
-        "alibi": r.choice(("", "", "h", "bh")),
-        "dropout": r.choice((0.0, 0.0, 0.2, 0.7)),
     }
+    if r.random() < 0.25:  # else one of the kernels that leave these out
+        o |= {
+            "softcap": r.choice((0.0, 0.0, 1.0, 20.0)),
+            "alibi": r.choice(("", "", "h", "bh")),
+            "dropout": r.choice((0.0, 0.0, 0.2, 0.7)),
+        }
     o |= maybe(0.2, {"dv": 8 * r.randint(1, 32)})
     o |= maybe(0.2, {"scale": r.choice((0.05, 0.5))})
     sequences = o["b"]
@@ -223,10 +245,71 @@ def test_more_tiles_than_multiprocessors(d, options):
     assert_same_bits(done.result, done.again())
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_a_tight_bound_of_packed_lengths_changes_nothing(d):
-    loose = run(PACKED.but(d=d, causal=True), num_splits=1)
+@pytest.mark.parametrize("d,more", every_kernel(64, 128, 256))
+def test_a_tight_bound_of_packed_lengths_changes_nothing(d, more):
+    loose = run(PACKED.but(d=d, causal=True), **(more or {"num_splits": 1}))
     assert_same_bits(loose.result, loose.again(max_seqlen_q=193, max_seqlen_k=200))
+
+
+FARTHEST = 2**31 - 1
+
+
+@pytest.mark.parametrize("d,more", every_kernel(64, 128, 256))
+@pytest.mark.parametrize("offset", [FARTHEST, -FARTHEST, (FARTHEST, -FARTHEST)], ids=str)
+@pytest.mark.parametrize("rule", [{"causal": True}, {"window": (None, 0), "sinks": True}], ids=str)
+def test_the_farthest_q_offsets(offset, rule, d, more):
+    """Every key is visible or none is."""
+    done = check(PLAIN.but(d=d, q_offset=offset, **rule), **more)
+    sinks = done.options.get("sinks")
+    for b in range(2):
+        out, lse = done.result.out[b], done.result.lse[b]
+        if (offset if isinstance(offset, int) else offset[b]) > 0:
+            assert (out != 0).any(dim=-1).all() and torch.isfinite(lse).all()
+        else:
+            assert (out == 0).all()
+            want = -INF if sinks is None else sinks[:, None].expand_as(lse)
+            assert (lse == want).all()
+
+
+@pytest.mark.parametrize("offset", [FARTHEST, -FARTHEST, (FARTHEST, -FARTHEST)], ids=str)
+def test_the_farthest_q_offsets_leave_a_window_without_keys(offset):
+    done = check(PLAIN.but(d=128, q_offset=offset, window=(100, 100)))
+    assert (done.result.out == 0).all() and (done.result.lse == -INF).all()
+
+
+@pytest.mark.parametrize("d,more", every_kernel(64, 128, 256))
+@pytest.mark.parametrize("over", ["batch", "heads", "rows"])
+@pytest.mark.parametrize("names", ["q", "kv", "qkv"])
+def test_expanded_inputs(names, over, d, more):
+    """Stride 0: one entry read over and over, as if it had been copied."""
+    case = PLAIN.but(d=d, causal=True, h=(4, 2))
+    arrays, dim = case.arrays(), {"batch": 0, "rows": 1, "heads": 2}[over]
+    inputs = {}
+    for name in "qkv":
+        x = arrays[name]
+        if name in names:
+            arrays[name] = np.repeat(x.take([0], axis=dim), x.shape[dim], axis=dim)
+            inputs[name] = on_gpu(x.take([0], axis=dim)).expand(x.shape)
+            assert inputs[name].stride(dim) == 0
+        else:
+            inputs[name] = on_gpu(x)
+    if why := why_refused(*inputs.values(), causal=True, **more):
+        pytest.skip(f"refused: {why}")
+    copied = run(case, arrays, **more)
+    result = fc.attention(*inputs.values(), causal=True, return_lse=True, **more)
+    assert_same_bits(result, copied.result)
+    assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], causal=True)
+
+
+def test_more_tiles_than_an_int_counts_are_refused():
+    """By explain too: nothing of that size is ever there."""
+    q = torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    few = q.expand(2**20, 1, 2**10, 64)
+    assert fc.explain(few, few, few).kernel
+    many = q.expand(2**20, 1, 2**11, 64)
+    assert "tiles" in why_refused(many, many, many)
+    with pytest.raises(fc.UnsupportedError, match="tiles"):
+        fc.attention(many, many, many)
 
 
 # ---- scores of any size -------------------------------------------------------------------------
@@ -314,9 +397,9 @@ def test_lse_is_of_the_undropped_softmax():
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}, {"alibi": "h"}])
-def test_poison_in_the_padding_reaches_nothing(d, poison, options):
+def test_poison_in_the_padding_reaches_nothing(d, more, poison, options):
     """Rows past a sequence's length: of q, of k and of v. Their own results are zero and -inf."""
     lengths_q, lengths_k = (200, 37), (129, 301)
     case = PLAIN.but(d=d, q=300, k=420, lengths_q=lengths_q, lengths_k=lengths_k, **options)
@@ -325,7 +408,7 @@ def test_poison_in_the_padding_reaches_nothing(d, poison, options):
         arrays["q"][b, lengths_q[b] :] = poison
         arrays["k"][b, lengths_k[b] :] = poison
         arrays["v"][b, lengths_k[b] :] = poison
-    done = run(case, arrays)
+    done = run(case, arrays, **more)
     result = done.result
     assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], **done.values)
     for b in range(2):
@@ -334,15 +417,15 @@ def test_poison_in_the_padding_reaches_nothing(d, poison, options):
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (50, 10)}, {"dropout": 0.2}])
-def test_poison_in_a_packed_neighbour_reaches_nothing(d, poison, options):
+def test_poison_in_a_packed_neighbour_reaches_nothing(d, more, poison, options):
     """The second sequence's rows, which the first one's last tile and block run into."""
     case = PLAIN.but(d=d, packed_q=(70, 200, 131), packed_k=(90, 150, 200), **options)
-    clean = run(case)
+    clean = run(case, **more)
     arrays = case.arrays()
     arrays["q"][70:270] = arrays["k"][90:240] = arrays["v"][90:240] = poison
-    result = run(case, arrays).result
+    result = run(case, arrays, **more).result
     for rows in (slice(0, 70), slice(270, 401)):  # rows that are repaired round elsewhere
         out, want = result.out[rows].float(), clean.result.out[rows].float()
         torch.testing.assert_close(out, want, rtol=0, atol=2**-7 * want.abs().max().item())
@@ -350,8 +433,8 @@ def test_poison_in_a_packed_neighbour_reaches_nothing(d, poison, options):
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("d", [40, 64, 128])
-def test_poison_around_the_inputs_reaches_nothing(poison, d):
+@pytest.mark.parametrize("d,more", every_kernel(32, 40, 64, 96, 128, 256))
+def test_poison_around_the_inputs_reaches_nothing(poison, d, more):
     """Rows before and after, and the columns beyond head_dim that a wider tile would load."""
     case = Case("poison", dtype="bf16", q=130, k=150, d=d, causal=True)
     arrays = case.arrays()
@@ -362,20 +445,76 @@ def test_poison_around_the_inputs_reaches_nothing(poison, d):
         room = torch.full((b, s + 64, h, d + 24), poison, device=x.device, dtype=x.dtype)
         inputs[name] = room[:, 32 : 32 + s, :, :d]
         inputs[name].copy_(x)
-    result = fc.attention(*inputs.values(), causal=True, return_lse=True)
+    result = fc.attention(*inputs.values(), causal=True, return_lse=True, **more)
     assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], causal=True)
 
 
-def test_poison_behind_the_mask_reaches_nothing():
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
+def test_poison_behind_the_mask_reaches_nothing(d, more):
     """Keys that causal and window hide inside blocks that are visited."""
-    case = PLAIN.but(q=200, k=200, window=(20, 0), d=128)
-    clean = run(case)
+    case = PLAIN.but(q=200, k=200, window=(20, 0), d=d)
+    clean = run(case, **more)
     arrays = case.arrays()
     arrays["k"][:, 150:] = arrays["v"][:, 150:] = NAN
-    result = run(case, arrays).result
+    result = run(case, arrays, **more).result
     out, want = result.out[:, :150].float(), clean.result.out[:, :150].float()
     torch.testing.assert_close(out, want, rtol=0, atol=2**-7 * want.abs().max().item())
     assert torch.isnan(result.out[:, 150:].float()).all()
+
+
+POISONED_SPLITS = {
+    "padding": {"lengths_q": (60, 37), "lengths_k": (1100, 500)},
+    "causal": {"causal": True, "lengths_k": (700, 1000)},
+    "sinks": {"causal": True, "lengths_k": (700, 90), "sinks": True},
+    "packed": {"packed_q": (40, 7, 30), "packed_k": (700, 300, 500)},
+    "packed, sinks, causal": {
+        "packed_q": (40, 7, 30), "packed_k": (700, 300, 500), "causal": True, "sinks": True
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize(
+    "d,splits", [(32, 3), (64, 1), (64, 4), (96, 3), (128, 1), (128, 4), (256, 3)]
+)
+@pytest.mark.parametrize("options", POISONED_SPLITS.values(), ids=[*POISONED_SPLITS])
+def test_poison_where_keys_are_split(options, d, splits, poison):
+    """Excluded keys that a part multiplies: its rows are repaired in the workspace. Not finite is
+    what lies past a padded sequence's keys, or all of the second packed sequence."""
+    case = PLAIN.but(q=60, k=1100, d=d, **options)
+    arrays = case.arrays()
+    if case.packed_q:
+        arrays["q"][40:47] = arrays["k"][700:1000] = arrays["v"][700:1000] = poison
+    else:
+        for b, length in enumerate(case.lengths_k):
+            arrays["k"][b, length:] = arrays["v"][b, length:] = poison
+    done = run(case, arrays, num_splits=splits)
+    cpu = done.on_the_cpu()
+    assert_near_the_cpu(done.result, cpu)
+    if case.packed_q:
+        second, others = slice(40, 47), [*range(40), *range(47, 77)]
+        assert torch.isnan(done.result.out[second].float()).all()
+        assert torch.isfinite(done.result.out[others].float()).all()
+    else:
+        assert_close_to_reference(done.result, arrays["q"], arrays["k"], arrays["v"], **done.values)
+
+
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
+@pytest.mark.parametrize("hidden", ["window", "causal", "padding"])
+def test_poison_beside_sinks(hidden, d, more):
+    """A repaired row has its sink in the sum and in lse."""
+    options = {"window": {"window": (20, 0)}, "causal": {"causal": True}}
+    case = PLAIN.but(
+        q=200, k=200, d=d, sinks=True, **options.get(hidden, {"lengths_k": (150, 150)})
+    )
+    arrays = case.arrays()
+    arrays["k"][:, 150:] = arrays["v"][:, 150:] = NAN
+    done = run(case, arrays, **more)
+    assert_near_the_cpu(done.result, done.on_the_cpu())
+    clean = run(case, **more).result
+    torch.testing.assert_close(
+        done.result.lse[..., :150], clean.lse[..., :150], rtol=1e-5, atol=1e-5
+    )
 
 
 # ---- splitting the keys -------------------------------------------------------------------------
@@ -426,10 +565,10 @@ def test_scores_about_minus_120():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
-def test_values_of_one_give_one(dtype, d):
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
+def test_values_of_one_give_one(dtype, d, more):
     q = torch.randn(1, 300, 2, d, device="cuda", dtype=dtype)
-    out = fc.attention(q, q, torch.ones_like(q), causal=True).float()
+    out = fc.attention(q, q, torch.ones_like(q), causal=True, **more).float()
     eps = torch.finfo(dtype).eps
     assert out.min() >= 1 - eps / 2 and out.max() <= 1 + eps
 
@@ -488,13 +627,14 @@ def test_strides_beyond_2_to_the_31_elements(varlen):
 # ---- memory, streams, graphs --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d", [64, 72, 96, 128, 192, 256])
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 72, 96, 128, 192, 256))
 @pytest.mark.parametrize("options", [{}, {"lengths_q": (60, 131)}, {"packed_q": (60, 71, 131)}])
-def test_nothing_is_written_outside_the_output(d, options):
+def test_nothing_is_written_outside_the_output(d, more, options):
     """Canaries before, after and between the rows of out."""
     if "packed_q" in options:
         options = options | {"packed_k": (80, 20, 300)}
-    done = run(Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True, **options))
+    case = Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True, **options)
+    done = run(case, **more)
     want = done.result.out
     rows, heads = want.shape[-3:-1]
     shape = (*want.shape[:-3], rows + 2, heads + 2, d + 8)
