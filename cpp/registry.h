@@ -15,6 +15,7 @@ struct Plan {
   const struct Kernel* kernel = nullptr;
   size_t workspace_bytes = 0;
   int num_splits = 1;
+  int split_blocks = 0;  // key blocks of each part, for the kernel's own launch
   bool deterministic = true;
 };
 
@@ -25,7 +26,7 @@ struct Kernel {
   // Why this kernel cannot run the problem, as one sentence; empty if it can. Names the argument,
   // what it got and what is allowed. May read the problem's shapes and pointers, never its data.
   std::string (*refusal)(const Kernel&, const Problem&);
-  // Fills workspace_bytes, num_splits and deterministic.
+  // Fills workspace_bytes, num_splits, split_blocks and deterministic, as far as it has them.
   void (*plan)(const Kernel&, const Problem&, Plan&);
   // Enqueues (CUDA) or does (CPU) the work. Throws Failure.
   void (*launch)(const Kernel&, const Problem&, const Plan&, void* workspace, void* stream);

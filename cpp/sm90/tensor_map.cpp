@@ -55,11 +55,17 @@ std::string not_copyable(const char* name, const Rows& r, int64_t batch, int64_t
   } dims[] = {{"batch", batch, r.batch_stride},
               {"seqlen", rows, r.row_stride},
               {"heads", heads, r.head_stride}};
-  for (auto const& d : dims)
-    if (d.extent > 1 && (d.stride < 0 || d.stride % 8 != 0 || d.stride >= int64_t{1} << 39))
+  constexpr int64_t kStrides = int64_t{1} << 39;  // 2^40 bytes
+  for (auto const& d : dims) {
+    if (d.extent <= 1) continue;
+    if (d.stride < 0 || d.stride % 8 != 0)
       return text(name, "'s ", d.dim,
                   " stride must be a multiple of 8 elements and not negative, got ", d.stride,
                   ": pass a contiguous copy");
+    if (d.stride >= kStrides)
+      return text(name, "'s ", d.dim, " stride must be below ", kStrides, " elements, got ",
+                  d.stride, ": pass a contiguous copy");
+  }
   return {};
 }
 

@@ -3,7 +3,6 @@
 #include <string>
 #include <vector>
 
-#include "common/error.h"
 #include "common/memo.h"
 #include "common/text.h"
 #include "cuda/merge.h"
@@ -22,6 +21,9 @@ namespace {
 constexpr int64_t kLeastSection = int64_t{16} << 20, kLargestSection = int64_t{32} << 20;
 
 constexpr double kLog2E = 1.4426950408889634;
+
+// Tiles are counted in ints, and the count of a block runs past the last by a round of all of them.
+constexpr int64_t kMostTiles = INT32_MAX - 4096;
 
 // What a tile costs besides its key blocks, in key blocks: the first product, the last, the store.
 constexpr double kTileOverhead = 1.5;
@@ -143,6 +145,10 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
     return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
+  // Unasked, only calls with few tiles are split: the parts need no counting.
+  int64_t const parts = p.num_splits > 1 || p.split_size > 0 ? split_keys(c, p).count : 1;
+  if (int64_t const tiles = most_tiles(c, p) * parts; tiles > kMostTiles)
+    return text("takes up to ", kMostTiles, " query tiles, got ", tiles);
   if (p.out && p.out.dtype != p.dtype)
     return "out in float32 is not built for sm90 yet; on the CPU it is";
   for (Operand const& t : operands(p))
@@ -165,6 +171,7 @@ size_t taken_bytes(const FwdConfig& c, const Problem& p) {
 void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
   Split const split = split_keys(instance_of(kernel).config, p);
   plan.num_splits = split.count;
+  plan.split_blocks = split.blocks;
   if (split.count > 1)
     plan.workspace_bytes =
         static_cast<size_t>(split.count * partial_rows(p) * (p.head_dim_v + 1)) * 4;
@@ -173,10 +180,7 @@ void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
 }
 
 // In which order they run.
-void schedule(const FwdConfig& c, const Problem& p, int splits, FwdParams& params) {
-  if (most_tiles(c, p) * splits > INT32_MAX)
-    throw Failure(FLASHCORE_UNSUPPORTED,
-                  text("[attention] ", most_tiles(c, p) * splits, " query tiles exceed 2^31 - 1"));
+void schedule(const FwdConfig& c, const Problem& p, FwdParams& params) {
   int const pairs = static_cast<int>(p.cu_seqlens_q ? p.num_heads_q : p.batch * p.num_heads_q);
   int64_t const head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2;
   int const largest =
@@ -207,7 +211,7 @@ void schedule(const FwdConfig& c, const Problem& p, int splits, FwdParams& param
   }
 }
 
-void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* workspace,
+void launch_problem(const Kernel& kernel, const Problem& p, const Plan& plan, void* workspace,
                     void* stream) {
   Instance const& instance = instance_of(kernel);
   FwdConfig const& c = instance.config;
@@ -268,11 +272,10 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* w
   params.rng_offset = p.rng_offset;
   params.rng_tensor = p.rng_tensor;
 
-  Split const split = split_keys(c, p);
-  params.num_splits = split.count;
-  params.split_blocks = split.blocks;
+  params.num_splits = plan.num_splits;
+  params.split_blocks = plan.split_blocks;
   params.partial_out = static_cast<float*>(workspace);
-  params.partial_lse = params.partial_out + split.count * partial_rows(p) * p.head_dim_v;
+  params.partial_lse = params.partial_out + plan.num_splits * partial_rows(p) * p.head_dim_v;
   params.partial_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q;
   params.partial_heads = static_cast<int>((p.cu_seqlens_q ? 1 : p.batch) * p.num_heads_q);
 
@@ -287,14 +290,14 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* w
         "flash_fwd_sm90: clearing the counter of tiles");
   }
 
-  schedule(c, p, split.count, params);
+  schedule(c, p, params);
   int const blocks = static_cast<int>(min_of<int64_t>(
-      most_tiles(c, p) * split.count, cuda::devices()[p.device_id].multiprocessors));
+      most_tiles(c, p) * plan.num_splits, cuda::devices()[p.device_id].multiprocessors));
   instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));
-  if (split.count > 1)
+  if (plan.num_splits > 1)
     cuda::merge_splits(
-        {p.device_id, split.count, p.cu_seqlens_q ? 1 : p.batch, p.num_heads_q, params.partial_rows,
-         p.head_dim_v, params.partial_out, params.partial_lse, p.out, p.lse},
+        {p.device_id, plan.num_splits, p.cu_seqlens_q ? 1 : p.batch, p.num_heads_q,
+         params.partial_rows, p.head_dim_v, params.partial_out, params.partial_lse, p.out, p.lse},
         static_cast<cudaStream_t>(stream));
 }
 
