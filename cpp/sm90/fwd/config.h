@@ -36,8 +36,8 @@ struct FwdConfig {
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && head_dim % 32 == 0 && head_dim <= 256 &&
            head_dim_v % 32 == 0 && head_dim_v <= 256 && block_m % 64 == 0 &&
-           teams * consumers() >= 1 && teams * consumers() <= 4 && block_n % 16 == 0 &&
-           block_n <= 256 && stages >= 2 && (q_stages == 1 || q_stages == 2) &&
+           (teams * consumers() == 1 || teams * consumers() == 2 || teams * consumers() == 4) &&
+           block_n % 16 == 0 && block_n <= 256 && stages >= 2 && (q_stages == 1 || q_stages == 2) &&
            (staged == head_dim_v || (staged % 64 == 0 && staged < head_dim_v)) &&
            !(turns && teams > 1);
   }

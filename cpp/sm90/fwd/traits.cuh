@@ -33,12 +33,12 @@ struct Traits {
   static constexpr bool kTurns = kConfig.turns;
 
   // By warpgroups of consumers in the block. What the producer releases must come up with what the
-  // consumers claim above the launch value: 65536 registers over all threads, in steps of 8 (168,
-  // 128 or 96). One consumer has 255 as it is.
+  // consumers claim above the launch value: 65536 registers over all threads, in steps of 8 (168
+  // with two, 96 with four). One consumer has 255 as it is.
   static constexpr int kWarpgroups = kTeams * kConsumers;
   static constexpr bool kRegistersMove = kWarpgroups > 1;
-  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegs = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegs = 24;
+  static constexpr int kConsumerRegs = kWarpgroups == 4 ? 112 : 240;
   static constexpr int kLaunchRegs = 65536 / kThreads / 8 * 8;
   static_assert(!kRegistersMove || kProducerRegs + kWarpgroups * kConsumerRegs <=
                                        (1 + kWarpgroups) * kLaunchRegs);  // or the claim never ends
