@@ -1,4 +1,7 @@
-// The barrier protocol of the Hopper forward kernel, as in cpp/sm90/fwd/kernel.cuh.
+// The barrier protocol of one team of the Hopper forward kernel, as in cpp/sm90/fwd/kernel.cuh.
+//
+// Left out: the staging area of O, whose rows are one warp's own and guarded by the copy engine's
+// bulk groups, and the repair, which begins when its warp has waited for all of them.
 #include "protocol.h"
 #include "tile/pipeline.h"
 
@@ -10,6 +13,7 @@ namespace {
 template <int kStages, int kQStages>
 struct Forward : Machine {
   int consumers;
+  bool turns;
 
   static constexpr int q_ready(int s) { return s; }
   static constexpr int q_free(int s) { return kQStages + s; }
@@ -18,20 +22,26 @@ struct Forward : Machine {
   static constexpr int k_free(int s) { return kv(1, s); }
   static constexpr int v_ready(int s) { return kv(2, s); }
   static constexpr int v_free(int s) { return kv(3, s); }
+  // A named barrier, its arrivals counted by warps: four that wait and four that pass the turn.
+  static constexpr int turn(int consumer) { return kv(4, 0) + consumer; }
   static constexpr int q_buffer(int s) { return s; }
   static constexpr int k_buffer(int s) { return kQStages + s; }
   static constexpr int v_buffer(int s) { return kQStages + kStages + s; }
+  // Being read while a warp of this consumer issues products in its turn.
+  static constexpr int issuing(int consumer) { return kQStages + 2 * kStages + consumer; }
 
   // blocks[t]: key blocks of tile t; may be 0.
-  Forward(int consumers, const std::vector<int>& blocks) : consumers(consumers) {
+  Forward(int consumers, bool turns, const std::vector<int>& blocks)
+      : consumers(consumers), turns(turns) {
     int const warps = 4 * consumers;
     for (int s = 0; s < kQStages; ++s) barriers.emplace_back(1);
     for (int s = 0; s < kQStages; ++s) barriers.emplace_back(warps);
     for (int what = 0; what < 4; ++what)
       for (int s = 0; s < kStages; ++s) barriers.emplace_back(what % 2 ? warps : 1);
-    buffers.resize(kQStages + 2 * kStages);
+    for (int c = 0; c < consumers; ++c) barriers.emplace_back(8);
+    buffers.resize(kQStages + 2 * kStages + consumers);
     programs.push_back(producer(blocks));
-    for (int w = 0; w < warps; ++w) programs.push_back(consumer(blocks));
+    for (int w = 0; w < warps; ++w) programs.push_back(consumer(w / 4, blocks));
   }
 
   // A value per (tile, block, tensor), so that a stale buffer is told from the right one.
@@ -70,7 +80,8 @@ struct Forward : Machine {
     return p;
   }
 
-  Program consumer(const std::vector<int>& blocks) const {
+  // One warp of it.
+  Program consumer(int c, const std::vector<int>& blocks) const {
     Program p;
     auto k = Ring<kStages>::consumer(), v = Ring<kStages>::consumer();
     auto q = Ring<kQStages>::consumer();
@@ -80,11 +91,28 @@ struct Forward : Machine {
     auto end = [&](int buffer) { p.push_back({Op::end_read, -1, buffer}); };
     auto wait = [&](int barrier, uint32_t parity) { p.push_back({Op::wait, barrier, -1, parity}); };
     auto arrive = [&](int barrier) { p.push_back({Op::arrive, barrier}); };
+    uint32_t turn_parity = 0;
+    int const next = (c + 1) % consumers;
+    auto take_turn = [&] {
+      if (!turns) return;
+      arrive(turn(c));
+      wait(turn(c), turn_parity);
+      turn_parity ^= 1;
+      p.push_back({Op::write, -1, issuing(next)});  // fails if another issues
+      begin(issuing(c), -1);
+    };
+    auto pass_turn = [&] {
+      if (!turns) return;
+      end(issuing(c));
+      arrive(turn(next));
+    };
+    if (turns && c == consumers - 1) arrive(turn(0));  // the first turn
     for (int t = 0; t < static_cast<int>(blocks.size()); ++t) {
       wait(q_ready(q.stage), q.parity);
       if (blocks[t]) {
         auto qk_begin = [&](int j) {
           wait(k_ready(k.stage), k.parity);
+          take_turn();
           begin(q_buffer(q.stage), value(t, 0, 0));
           begin(k_buffer(k.stage), value(t, j, 1));
         };
@@ -105,10 +133,12 @@ struct Forward : Machine {
         };
         int j = blocks[t] - 1;
         qk_begin(j);
+        pass_turn();
         qk_end();
         for (--j; j >= 0; --j) {
           qk_begin(j);
           pv_begin(j + 1);
+          pass_turn();
           qk_end();
           pv_end();
         }
@@ -126,11 +156,11 @@ struct Forward : Machine {
 };
 
 template <int kStages, int kQStages>
-void play(int consumers, std::mt19937& random) {
+void play(int consumers, bool turns, std::mt19937& random) {
   for (int trial = 0; trial < 60; ++trial) {
     std::vector<int> blocks(std::uniform_int_distribution<int>(1, 6)(random));
     for (int& n : blocks) n = std::uniform_int_distribution<int>(0, 5)(random);
-    Forward<kStages, kQStages> machine(consumers, blocks);
+    Forward<kStages, kQStages> machine(consumers, turns, blocks);
     CHECK(machine.run(random));
   }
 }
@@ -139,12 +169,12 @@ void play(int consumers, std::mt19937& random) {
 
 TEST("no order of events deadlocks, overwrites or reads stale data") {
   std::mt19937 random(1);
-  for (int consumers : {1, 2, 3}) {
-    play<2, 1>(consumers, random);
-    play<2, 2>(consumers, random);
-    play<3, 1>(consumers, random);
-    play<3, 2>(consumers, random);
-    play<4, 2>(consumers, random);
+  for (auto [consumers, turns] : {std::pair{1, false}, {2, false}, {2, true}}) {
+    play<2, 1>(consumers, turns, random);
+    play<2, 2>(consumers, turns, random);
+    play<3, 1>(consumers, turns, random);
+    play<3, 2>(consumers, turns, random);
+    play<4, 2>(consumers, turns, random);
   }
 }
 
@@ -153,13 +183,36 @@ TEST("the model notices a consumer that releases K before it has read it") {
   std::mt19937 random(2);
   CHECK(caught(
       [] {
-        Forward<2, 1> machine(1, {5, 5});
+        Forward<2, 1> machine(1, false, {5, 5});
         for (size_t a = 1; a < machine.programs.size(); ++a)
           for (size_t i = 1; i < machine.programs[a].size(); ++i) {
             Op& op = machine.programs[a][i];
             Op& earlier = machine.programs[a][i - 1];
             if (op.kind == Op::arrive && earlier.kind == Op::end_read) std::swap(op, earlier);
           }
+        return machine;
+      },
+      random));
+}
+
+TEST("the model notices a turn that nobody begins, and products issued out of turn") {
+  std::mt19937 random(3);
+  using Turns = Forward<2, 2>;
+  CHECK(caught(
+      [] {
+        Turns machine(2, true, {3, 2});
+        for (auto& program : machine.programs)
+          if (program[0].kind == Op::arrive) program.erase(program.begin());
+        return machine;
+      },
+      random));
+  CHECK(caught(
+      [] {
+        Turns machine(2, true, {3, 2});
+        for (auto& program : machine.programs)
+          std::erase_if(program, [](const Op& op) {
+            return op.kind == Op::wait && op.barrier >= Turns::turn(0);
+          });
         return machine;
       },
       random));
