@@ -26,6 +26,8 @@ from benchmarks.problems import Problem, gpu_grid, gpu_more
 
 FLUSH_BYTES = 400_000_000
 CALLS_PER_TURN = 2
+WARM_UP_SECONDS = 2.0  # before the first cell: a cool card runs faster than it can keep up
+METERED_SECONDS = 1.0  # shorter stretches hold too few samples of power and clock
 PAUSE = {"fwd": 0, "bwd": 200_000}  # clocks of the GPU after the write
 OURS = "flashcore"
 NAMES = {"fwd": "forward", "bwd": "backward"}
@@ -53,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     rounds = options.rounds or (10 if options.quick else 14)
     meter = Meter()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    warm_up(torch)
     ceilings = [matmul_tflops(torch, flush)]
     cells: list[Cell] = []
     for p in problems:
@@ -107,10 +110,11 @@ def measure(
             refusals[name] = str(reason)
         except Exception as error:  # a peer that fails has no number, the others have
             calls.pop(name, None)
-            refusals[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            text = str(error).partition("\n")[0][:100]
+            refusals[name] = f"{type(error).__name__}: {text}" if text else type(error).__name__
     began = time.monotonic()
     microseconds = take_turns(torch, calls, rounds, flush, PAUSE[direction])
-    power, clock = meter.since(began)
+    metered = meter.since(began)
     cells = []
     for name in peers:
         cell: Cell = {"cell": p.cell, "direction": direction, "peer": name}
@@ -119,7 +123,7 @@ def measure(
         else:
             us = median(microseconds[name])
             cell |= {"us": round(us, 2), "tflops": round(p.flops(direction) / us * 1e-6, 1)}
-            cell |= {"watts": power, "mhz": clock}
+            cell |= metered
         cells.append(cell)
     return cells
 
@@ -202,6 +206,16 @@ def definition(
     return (ds @ k).double(), dk.double().sum(0, keepdim=True), dv.double().sum(0, keepdim=True)
 
 
+def warm_up(torch: Any) -> None:
+    """Products until the card is as hot, and its clock as low, as the cells will make it."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    until = time.monotonic() + WARM_UP_SECONDS
+    while time.monotonic() < until:
+        for _ in range(20):
+            _ = a @ b
+        torch.cuda.synchronize()
+
+
 def matmul_tflops(torch: Any, flush: Any) -> float:
     """The rate of an 8192^3 bfloat16 product, hot, as cuBLAS does it."""
     n = 8192
@@ -235,12 +249,15 @@ class Meter:
                 continue
             self.samples.append((time.monotonic(), watts, mhz))
 
-    def since(self, began: float) -> tuple[int, int]:
-        """Mean watts and MHz; the newest sample if the stretch was shorter than their distance."""
-        chosen = [s for s in self.samples if s[0] >= began] or self.samples[-1:]
-        if not chosen:
-            return 0, 0
-        return round(mean(s[1] for s in chosen)), round(mean(s[2] for s in chosen))
+    def since(self, began: float) -> dict[str, int]:
+        """Mean watts and MHz. Empty if the stretch was too short to say, or nobody samples."""
+        chosen = [s for s in self.samples if s[0] >= began]
+        if not chosen or time.monotonic() - began < METERED_SECONDS:
+            return {}
+        return {
+            "watts": round(mean(s[1] for s in chosen)),
+            "mhz": round(mean(s[2] for s in chosen)),
+        }
 
     def close(self) -> None:
         if self.process:
@@ -285,6 +302,7 @@ def markdown(result: dict[str, Any]) -> str:
     peers = list(dict.fromkeys(c["peer"] for c in cells))
     low, high = min(result["matmul_tflops"]), max(result["matmul_tflops"])
     ceiling = (low + high) / 2
+    metered = any("watts" in c for c in cells)
     lines = [
         f"# {NAMES[result['direction']].capitalize()} on {result['device']}",
         "",
@@ -293,8 +311,8 @@ def markdown(result: dict[str, Any]) -> str:
         "take turns in one process, L2 flushed before each; every timed call was checked against "
         f"float64 first. 8192^3 bf16 matmul in the same process: {low:.0f} to {high:.0f} TFLOP/s.",
         "",
-        "| cell | " + " | ".join(peers) + " | ours / best | us | % of matmul | W | MHz |",
-        "|---" * (len(peers) + 6) + "|",
+        f"| cell | {' | '.join(peers)} | ours / best | us | % of matmul |" + " W | MHz |" * metered,
+        "|---" * (len(peers) + 4 + 2 * metered) + "|",
     ]
     ratios = []
     for name in dict.fromkeys(c["cell"] for c in cells):
@@ -314,7 +332,8 @@ def markdown(result: dict[str, Any]) -> str:
             [f"{ours['us']:.1f}", f"{100 * ours['tflops'] / ceiling:.0f}"] if ours else ["–", "–"]
         )
         meter: Cell = next((c for c in rows if "watts" in c), {})
-        tail += [str(meter.get("watts", "–")), str(meter.get("mhz", "–"))]
+        if metered:
+            tail += [str(meter.get("watts", "–")), str(meter.get("mhz", "–"))]
         lines.append(f"| {name} | " + " | ".join(shown + tail) + " |")
     if ratios:
         geometric = exp(sum(log(r) for r in ratios) / len(ratios))

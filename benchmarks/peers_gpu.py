@@ -67,7 +67,7 @@ def flashcore(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
 
 
 def last_line(error: Exception) -> str:
-    return str(error).splitlines()[-1].strip()
+    return str(error).strip().rpartition("\n")[2].strip()
 
 
 def torch_function(function: Callable[..., Any], x: Inputs, direction: str) -> Call:
@@ -152,6 +152,43 @@ def fa3(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
     )
 
 
+def fa4(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
+    """FlashAttention-4 from the flash-attn-4 wheel; it compiles a kernel at the first call."""
+    interface = need("flash_attn.cute")
+    options: dict[str, Any] = {"causal": p.causal}
+    if p.window:
+        options |= {"window_size": (p.window, 0), "causal": False}
+    if p.lengths:
+        options |= {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens}
+        options |= {"max_seqlen_q": p.seqlen_q, "max_seqlen_k": p.seqlen_k}
+    attention = interface.flash_attn_varlen_func if p.lengths else interface.flash_attn_func
+    return torch_function(lambda q, k, v: first(attention(q, k, v, **options)), x, direction)
+
+
+def flex(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
+    """torch's flex_attention, compiled; the mask is a block mask of its own."""
+    torch = need("torch")
+    module = need("torch.nn.attention.flex_attention")
+    if p.lengths:
+        raise Unavailable("packed documents are not set up here")
+    torch._dynamo.reset()  # else the cells share one kernel, with shapes it does not know
+    compiled = torch.compile(module.flex_attention)
+    mask = None
+    if p.causal or p.window:
+        diagonal, left = p.seqlen_k - p.seqlen_q, p.window or p.seqlen_k
+        mask = module.create_block_mask(
+            lambda b, h, i, j: (j <= i + diagonal) & (j >= i + diagonal - left),
+            None, None, p.seqlen_q, p.seqlen_k, device="cuda",
+        )  # fmt: skip
+    gqa = p.heads_kv != p.num_heads
+
+    def function(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+
+    return torch_function(function, x, direction)
+
+
 def first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
@@ -166,6 +203,8 @@ PEERS: dict[str, Prepare] = {
     "cudnn": sdpa("CUDNN_ATTENTION"),
     "fa2": fa2,
     "fa3": fa3,
+    "fa4": fa4,
+    "flex": flex,
     "eager": eager,
 }
-DEFAULT_PEERS = ("flashcore", "cudnn", "fa2", "fa3")
+DEFAULT_PEERS = ("flashcore", "cudnn", "fa2", "fa3", "fa4")

@@ -16,6 +16,8 @@ COLOURS = {
     "cudnn": "#66a182",
     "fa2": "#2e4057",
     "fa3": "#00798c",
+    "fa4": "#edae49",
+    "flex": "#8d6a9f",
     "eager": "#9a9a9a",
     "dense": "#9a9a9a",
     "flex": "#2e4057",
