@@ -1,12 +1,13 @@
 // In which order query tiles run. Host and device, constexpr.
 //
-// Tiles are dealt to the blocks of a launch in turn: block c runs tiles c, c + blocks, c + 2
-// blocks... (batch, head) pairs are cut into sections whose keys and values fit in the L2 cache
-// together. Inside a section all heads run one query block before any runs the next. With a causal
-// mask a tile's cost grows with its query block; so sections alternate between falling and rising
-// order, which makes the costs one continuous wave. Every block then meets as many long tiles as
-// short ones, whatever the ratio of sections to blocks, and the last section falls: the launch ends
-// on short tiles.
+// Tiles are dealt in turn to the workers of a launch, its blocks or the teams in them: worker c
+// runs tiles c, c + workers, c + 2 workers... (batch, head) pairs are cut into sections whose keys
+// and values should stay in the L2 cache together. Inside a section all heads run one query block
+// before any runs the next. With a causal mask a tile's cost grows with its query block; so
+// sections alternate between falling and rising order, which makes the costs one continuous wave.
+// Every worker then meets about as many long tiles as short ones, unless sections and workers are
+// in resonance (balanced_section below), and the last section falls: the launch ends on short
+// tiles.
 #pragma once
 #include "common/types.h"
 

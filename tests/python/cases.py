@@ -463,7 +463,8 @@ BACKWARD = (
     + [case.but(dtype="bf16") for case in OPTIONS[1::3]]
 )
 
-# What a first Hopper kernel takes: 16 bits, full or causal.
+# For every Hopper kernel: 16 bits, full or causal. The options are in test_sm90_forward.py and
+# test_sm90_backward.py.
 SM90_HEAD_DIMS = tuple(range(8, 257, 8))
 SM90 = (
     [
@@ -471,7 +472,7 @@ SM90 = (
         for d in SM90_HEAD_DIMS
     ]
     + [
-        Case("the three tiles in full", dtype=t, q=300, k=300, d=d, causal=c)
+        Case("two query tiles and a tail", dtype=t, q=300, k=300, d=d, causal=c)
         for t in ("bf16", "f16")
         for d in (64, 128, 256)
         for c in (False, True)
