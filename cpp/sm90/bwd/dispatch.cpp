@@ -136,7 +136,8 @@ struct Division {
   static bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
     constexpr int64_t kBytes = int64_t{36} << 20;
     constexpr int kTiles = 4;
-    if (p.cu_seqlens_q || p.cu_seqlens_k || c.cluster > 1 || p.seqlen_k > kTiles * c.block_n)
+    if (p.cu_seqlens_q || p.cu_seqlens_k || p.q_blocks || c.cluster > 1 ||
+        p.seqlen_k > kTiles * c.block_n)
       return false;
     int64_t const pairs = p.batch * p.num_heads_kv;
     int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
