@@ -203,6 +203,17 @@ def test_deterministic(d, options, h):
         assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"h": (8, 4)}], ids=str)
+def test_short_heads_that_come_out_even_are_taken_whole(options):
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    case = Case("short heads", dtype="bf16", b=processors // 4, q=130, k=300, d=64)
+    call = Call(case.but(**{"h": (4, 4)} | options))
+    grads = call.run()
+    call.check(grads)
+    assert_same_bits(grads, call.run(deterministic=True))
+
+
+
 def test_deterministic_writes_dq_where_no_key_tile_comes():
     call = Call(Case("above", dtype="bf16", q=900, k=130, d=128, causal=True))
     dq = torch.full_like(call.tensors["q"], 7.0)
