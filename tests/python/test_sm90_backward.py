@@ -213,7 +213,6 @@ def test_short_heads_that_come_out_even_are_taken_whole(options):
     assert_same_bits(grads, call.run(deterministic=True))
 
 
-
 def test_deterministic_writes_dq_where_no_key_tile_comes():
     call = Call(Case("above", dtype="bf16", q=900, k=130, d=128, causal=True))
     dq = torch.full_like(call.tensors["q"], 7.0)
