@@ -27,7 +27,7 @@ from benchmarks.problems import Problem, gpu_grid, gpu_more
 FLUSH_BYTES = 400_000_000
 CALLS_PER_TURN = 2
 WARM_UP_SECONDS = 2.0  # before the first cell: a cool card runs faster than it can keep up
-METERED_SECONDS = 1.0  # shorter stretches hold too few samples of power and clock
+METERED_SAMPLES = 2  # a stretch that holds fewer says nothing of power and clock
 PAUSE = {"fwd": 0, "bwd": 200_000}  # clocks of the GPU after the write
 OURS = "flashcore"
 NAMES = {"fwd": "forward", "bwd": "backward"}
@@ -228,7 +228,8 @@ class Meter:
     """Power and SM clock, sampled by nvidia-smi in the background."""
 
     def __init__(self) -> None:
-        query = "--query-gpu=power.draw,clocks.sm --format=csv,noheader,nounits -lms 100"
+        # Instant power: the plain one is a mean over the last second, of other cells.
+        query = "--query-gpu=power.draw.instant,clocks.sm --format=csv,noheader,nounits -lms 50"
         self.samples: list[tuple[float, float, float]] = []
         try:
             self.process: Any = subprocess.Popen(
@@ -252,7 +253,7 @@ class Meter:
     def since(self, began: float) -> dict[str, int]:
         """Mean watts and MHz. Empty if the stretch was too short to say, or nobody samples."""
         chosen = [s for s in self.samples if s[0] >= began]
-        if not chosen or time.monotonic() - began < METERED_SECONDS:
+        if len(chosen) < METERED_SAMPLES:
             return {}
         return {
             "watts": round(mean(s[1] for s in chosen)),
