@@ -20,7 +20,6 @@ COLOURS = {
     "flex": "#8d6a9f",
     "eager": "#9a9a9a",
     "dense": "#9a9a9a",
-    "flex": "#2e4057",
 }
 
 
