@@ -130,8 +130,8 @@ struct Division {
   // Offsets in bytes; the sums of dQ come first.
   int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, taken_bytes, bytes;
 
-  // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs no
-  // clearing and no third launch then, which is a tenth of so short a call. With a mask half is
+  // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
+  // no clearing and no third launch then, which is a tenth of so short a call. With a mask half is
   // in use at a time. Clusters took longer.
   static bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
     constexpr int64_t kBytes = int64_t{36} << 20;

@@ -67,8 +67,8 @@ struct Repair {
            p.dropout_threshold;
   }
 
-  // Row i of O from its definition, and its lse. Columns that are finite in `old` are right there. If
-  // lse is, too, or not wanted, it is enough that all others have met a NaN, which they stay.
+  // Row i of O from its definition, and its lse. Columns that are finite in `old` are right there.
+  // If lse is, too, or not wanted, it is enough that all others have met a NaN, which they stay.
   FC_DEVICE static VRow attend(const FwdParams& p, const Work& work, const tile::Sequence& seq,
                                int i, VRow const& old, bool lse_too, float& lse) {
     int const kv_head = work.head / p.group;
@@ -109,8 +109,7 @@ struct Repair {
       if (!lse_too && j % 32 == 31) {
         bool settled = true;
 #pragma unroll
-        for (int c = 0; c < T::kHeadDimV / 32; ++c)
-          settled &= isfinite(old.x[c]) || isnan(o.x[c]);
+        for (int c = 0; c < T::kHeadDimV / 32; ++c) settled &= isfinite(old.x[c]) || isnan(o.x[c]);
         if (__all_sync(0xffffffffu, settled)) break;
       }
     }
