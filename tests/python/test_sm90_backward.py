@@ -203,11 +203,13 @@ def test_deterministic(d, options, h):
         assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"h": (8, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"h": (2, 1)}, {"causal": True, "d": 128}], ids=str
+)
 def test_short_heads_that_come_out_even_are_taken_whole(options):
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    case = Case("short heads", dtype="bf16", b=processors // 4, q=130, k=300, d=64)
-    call = Call(case.but(**{"h": (4, 4)} | options))
+    case = Case("short heads", dtype="bf16", b=processors, h=(1, 1), q=130, k=300, d=64)
+    call = Call(case.but(**options))
     grads = call.run()
     call.check(grads)
     assert_same_bits(grads, call.run(deterministic=True))
@@ -298,6 +300,11 @@ def test_dsinks(q, causal):
     call.check(first, dlse=call.arrays["dlse"].astype(np.float32))
     for fixed in (False, True):
         assert torch.equal(call.run(dlse=dlse, deterministic=fixed).dsinks, first.dsinks)
+
+
+def test_dsinks_of_an_empty_batch_are_zero():
+    call = Call(Case("empty", dtype="bf16", b=0, q=300, k=300, d=128, causal=True, sinks=True))
+    assert (call.run().dsinks == 0).all()
 
 
 def test_a_row_that_only_a_sink_sees_does_not_look_at_dout():

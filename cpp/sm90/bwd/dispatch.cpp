@@ -136,8 +136,8 @@ struct Division {
   static bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
     constexpr int64_t kBytes = int64_t{36} << 20;
     constexpr int kTiles = 4;
-    if (p.cu_seqlens_q || p.cu_seqlens_k || p.q_blocks || c.cluster > 1 ||
-        p.seqlen_k > kTiles * c.block_n)
+    if (p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || p.q_blocks ||
+        c.cluster > 1 || p.seqlen_k > kTiles * c.block_n)
       return false;
     int64_t const pairs = p.batch * p.num_heads_kv;
     int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
@@ -305,7 +305,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   bool const packed = p.cu_seqlens_k != nullptr;
   int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
   params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv), pairs, 1};
-  if (!p.window.open() && !d.whole_heads) {
+  if (!p.window.open() && !d.whole_heads && d.tiles > 0) {
     int64_t const head_bytes =
         p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
     // At least what runs at the same time anyhow, or there is nothing to choose from.

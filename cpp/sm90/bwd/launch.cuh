@@ -9,13 +9,14 @@
 
 namespace flashcore::sm90::bwd {
 
-// In clusters of `cluster` blocks. Blocks that are none may begin while the kernel before is
-// ending; clusters took longer then.
-inline cudaError_t launch_behind(void (*kernel)(BwdParams), const BwdParams& params, int blocks,
-                                 int threads, int shared_bytes, int cluster, cudaStream_t stream) {
+// In clusters of `cluster` blocks. early: may begin while the kernel before, which must be one of
+// ours, is ending.
+inline cudaError_t launch_kernel(void (*kernel)(BwdParams), const BwdParams& params, int blocks,
+                                 int threads, int shared_bytes, int cluster, bool early,
+                                 cudaStream_t stream) {
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = cluster == 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = early;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
@@ -46,13 +47,14 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");
   }
   if (blocks > 0) {
-    cuda::check(
-        launch_behind(flash_bwd_sm90<T>, params, blocks, T::kThreads, kBytes, T::kCluster, stream),
-        "flash_bwd_sm90");
+    bool const early = query_blocks > 0 && T::kCluster == 1;  // clusters took longer then
+    cuda::check(launch_kernel(flash_bwd_sm90<T>, params, blocks, T::kThreads, kBytes, T::kCluster,
+                              early, stream),
+                "flash_bwd_sm90");
   }
   if (params.dq.data && (T::kLists || !params.whole_heads) && query_blocks > 0) {
-    cuda::check(launch_behind(flash_bwd_sm90_postprocess<T>, params, query_blocks, T::Dq::kThreads,
-                              0, 1, stream),
+    cuda::check(launch_kernel(flash_bwd_sm90_postprocess<T>, params, query_blocks, T::Dq::kThreads,
+                              0, 1, true, stream),
                 "flash_bwd_sm90_postprocess");
   }
 }

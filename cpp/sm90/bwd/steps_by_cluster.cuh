@@ -1,14 +1,14 @@
 // The steps of a tile of 128 keys that two blocks of a cluster share, 64 each (head dim 256; 128 in
-// calls of few tiles). In a
-// block one consumer keeps dV and makes P, the other keeps dK and makes dS: S^T = K Q^T leaves P^T
-// in the registers of the one as the A operand of dV, and dP^T = V dO^T dS^T in those of the other
-// as that of dK. A thread of the second needs just the P that its twin in the first has.
+// calls of few tiles). In a block one consumer keeps dV and makes P, the other keeps dK and makes
+// dS: S^T = K Q^T leaves P^T in the registers of the one as the A operand of dV, and dP^T = V dO^T
+// dS^T in those of the other as that of dK. A thread of the second needs just the P that its twin
+// in the first has.
 //
 // dQ sums over the keys of both blocks. They trade dS, and each makes dQ of half of the columns,
 // for which it also holds those columns of the other's K: so each adds half as much to memory,
 // which is what would limit this head dim.
-//     first consumer    S(m+1) | dV(m)   P(m) to its twin | P(m+1)                | dQ(m) to memory
-//     second consumer            dS(m) | dK(m)   dS(m) to both blocks | dQ(m)     | dP(m+1)
+//     first consumer    dV(m) | P(m) to its twin | S(m+1) | dQ(m-1) to memory | P(m+1) | dQ(m)
+//     second consumer   dS(m) | dK(m) | dS(m) to both blocks | dQ(m) | dP(m+1) | dQ(m) to memory
 //
 // There is room for one dS only. So P(m+1), which lies in its place at first, is handed over when
 // all four consumers are past dQ(m). Its barriers' parity alternates as the two stages of Q do.

@@ -107,7 +107,7 @@ struct Repair {
       for (int c = 0; c < T::kHeadDimV / 32; ++c)
         o.x[c] = o.x[c] * alpha + (kept == 0.0f ? 0.0f : prob * v.x[c]);
       if (!lse_too && j % 32 == 31) {
-        bool settled = true;
+        bool settled = row_sum > 0.0f;  // or what is 0 * NaN so far could yet be written as 0
 #pragma unroll
         for (int c = 0; c < T::kHeadDimV / 32; ++c) settled &= isfinite(old.x[c]) || isnan(o.x[c]);
         if (__all_sync(0xffffffffu, settled)) break;
