@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.peers_cpu import Unavailable, need
@@ -41,7 +42,8 @@ class Inputs:
             self.cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="cuda")
 
 
-def flashcore(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
+def flashcore(p: Problem, x: Inputs, direction: str = "fwd", **more: Any) -> Call:
+    """more: further options of the backward pass."""
     fc = need("flashcore")
     options: dict[str, Any] = {"causal": p.causal}
     if p.window:
@@ -55,7 +57,7 @@ def flashcore(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
 
     def backward() -> Any:
         out, lse, _ = saved
-        return fc.attention_backward(x.dout, x.q, x.k, x.v, out, lse, **options)[:3]
+        return fc.attention_backward(x.dout, x.q, x.k, x.v, out, lse, **options, **more)[:3]
 
     try:
         saved = forward()
@@ -200,6 +202,7 @@ def eager(p: Problem, x: Inputs, direction: str = "fwd") -> Call:
 
 PEERS: dict[str, Prepare] = {
     "flashcore": flashcore,
+    "deterministic": partial(flashcore, deterministic=True),
     "cudnn": sdpa("CUDNN_ATTENTION"),
     "fa2": fa2,
     "fa3": fa3,

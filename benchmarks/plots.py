@@ -13,6 +13,7 @@ COLOURS = {
     "openvino": "#00798c",
     "jax": "#8d6a9f",
     "numpy": "#9a9a9a",
+    "deterministic": "#edae49",
     "cudnn": "#66a182",
     "fa2": "#2e4057",
     "fa3": "#00798c",
