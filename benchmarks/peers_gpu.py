@@ -42,10 +42,16 @@ class Inputs:
             self.cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="cuda")
 
 
-def flashcore(p: Problem, x: Inputs, direction: str = "fwd", **more: Any) -> Call:
-    """more: further options of the backward pass."""
+def flashcore(
+    p: Problem,
+    x: Inputs,
+    direction: str = "fwd",
+    *,
+    block_mask: Any = None,
+    deterministic: bool = False,  # the backward pass
+) -> Call:
     fc = need("flashcore")
-    options: dict[str, Any] = {"causal": p.causal}
+    options: dict[str, Any] = {"causal": p.causal, "block_mask": block_mask}
     if p.window:
         options["window_size"] = (p.window, 0)
     if p.lengths:
@@ -57,7 +63,9 @@ def flashcore(p: Problem, x: Inputs, direction: str = "fwd", **more: Any) -> Cal
 
     def backward() -> Any:
         out, lse, _ = saved
-        return fc.attention_backward(x.dout, x.q, x.k, x.v, out, lse, **options, **more)[:3]
+        return fc.attention_backward(
+            x.dout, x.q, x.k, x.v, out, lse, deterministic=deterministic, **options
+        )[:3]
 
     try:
         saved = forward()

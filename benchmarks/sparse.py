@@ -30,7 +30,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu import check as check_against_definition
 from benchmarks.peers_cpu import Unavailable, need
-from benchmarks.peers_gpu import Call, Inputs, flashcore, last_line, torch_function
+from benchmarks.peers_gpu import Call, Inputs, flashcore, torch_function
 from benchmarks.problems import Problem
 
 LONGEST_CHECKED = 16384
@@ -140,22 +140,7 @@ def block_mask(s: Sparse, kept: Any) -> Any:
 
 
 def flashcore_sparse(s: Sparse, x: Inputs, kept: Any, direction: str) -> Call:
-    fc, mask = need("flashcore"), block_mask(s, kept)
-
-    def forward() -> Any:
-        return fc.attention(x.q, x.k, x.v, block_mask=mask, return_lse=True)
-
-    def backward() -> Any:
-        out, lse, _ = saved
-        return fc.attention_backward(x.dout, x.q, x.k, x.v, out, lse, block_mask=mask)[:3]
-
-    try:
-        saved = forward()
-        if direction == "bwd":
-            backward()
-    except fc.UnsupportedError as error:
-        raise Unavailable(f"refused: {last_line(error)}") from error
-    return (lambda: forward()[0]) if direction == "fwd" else backward
+    return flashcore(s.problem, x, direction, block_mask=block_mask(s, kept))
 
 
 def dense(s: Sparse, x: Inputs, kept: Any, direction: str) -> Call:

@@ -210,6 +210,9 @@ def test_short_heads_that_come_out_even_are_taken_whole(options):
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     case = Case("short heads", dtype="bf16", b=processors, h=(1, 1), q=130, k=300, d=64)
     call = Call(case.but(**options))
+    t = call.tensors
+    plan = fc.explain(t["q"], t["k"], t["v"], direction="backward", **call.options)
+    assert plan.deterministic  # without being asked for
     grads = call.run()
     call.check(grads)
     assert_same_bits(grads, call.run(deterministic=True))

@@ -131,8 +131,8 @@ struct Division {
   int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, taken_bytes, bytes;
 
   // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
-  // no clearing and no third launch then, which is a tenth of so short a call. With a mask half is
-  // in use at a time. Clusters took longer.
+  // no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
+  // is in use at a time. Clusters took longer.
   static bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
     constexpr int64_t kBytes = int64_t{36} << 20;
     constexpr int kTiles = 4;
