@@ -156,14 +156,16 @@ struct Named {
   const char* name;
   const DLTensor* tensor;
 };
-void refuse_sharing(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
+template <size_t kOutputs, size_t kInputs>
+void refuse_sharing(const Named (&outputs)[kOutputs], const Named (&inputs)[kInputs]) {
   struct Region {
     Arg arg;
     Span span;
   };
-  Region regions[16];  // outputs, then inputs: each tensor is read once, not once per pair
+  // Outputs, then inputs: each tensor is read once, not once per pair.
+  Region regions[kOutputs + kInputs];
   int count = 0;
-  auto const add = [&](std::initializer_list<Named> list) {
+  auto const add = [&](const auto& list) {
     for (const Named& n : list) {
       if (!n.tensor) continue;
       Arg const arg = read(n.name, n.tensor, n.tensor->ndim, "");
