@@ -10,6 +10,8 @@ namespace flashcore::sm90 {
 
 // Longer sequences would overflow the 32-bit positions that a kernel's Work holds.
 inline constexpr int64_t kLongest = int64_t{1} << 29;
+// Tiles are counted in ints, and the count of a block runs past the last by a round of all of them.
+inline constexpr int64_t kMostTiles = INT32_MAX - 4096;
 
 // Empty if the device, the dtype, the lengths and the head dims fit a kernel for `dtype` and head
 // dims up to `head_dim` (q, k) and `head_dim_v`; else why not.

@@ -2,7 +2,6 @@
 #include <string>
 #include <vector>
 
-#include "common/error.h"
 #include "common/memo.h"
 #include "common/text.h"
 #include "flashcore/flashcore.h"
@@ -93,6 +92,9 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
     return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
+  int64_t const tiles = max_of(max_of(most_tiles(c, p), p.batch * p.num_heads_kv),
+                               p.num_heads_q * query_blocks(p, p.total_q, c.block_m));
+  if (tiles > kMostTiles) return text("takes up to ", kMostTiles, " tiles, got ", tiles);
   const struct {
     const char* name;
     const Rows& rows;
@@ -295,10 +297,6 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.rng_tensor = p.rng_tensor;
 
   params.whole_heads = d.whole_heads;
-  int64_t const most = max_of(max_of(d.tiles, d.pairs), p.num_heads_q * d.head_blocks);
-  if (most > INT32_MAX)
-    throw Failure(FLASHCORE_UNSUPPORTED,
-                  text("[attention_backward] ", most, " tiles exceed 2^31 - 1"));
   params.pairs = static_cast<int>(d.pairs);
   // With no mask, tiles of one head side by side: they read the same queries at the same time. With
   // one, their costs differ, and what counts is that every block is dealt its share.

@@ -22,9 +22,6 @@ constexpr int64_t kLeastSection = int64_t{16} << 20, kLargestSection = int64_t{3
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Tiles are counted in ints, and the count of a block runs past the last by a round of all of them.
-constexpr int64_t kMostTiles = INT32_MAX - 4096;
-
 // What a tile costs besides its key blocks, in key blocks: the first product, the last, the store.
 constexpr double kTileOverhead = 1.5;
 
