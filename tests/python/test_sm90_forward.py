@@ -359,6 +359,34 @@ def test_large_values_of_a_key_far_above_the_others(d, score, value):
     check(case, arrays=arrays, scale=1.0)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("poisoned", [False, True], ids=["", "repaired"])
+def test_scores_of_millions(d, dtype, poisoned):
+    """References there are rounded to halves of a power of two: what was summed up relative to one
+    is carried over to the next from what the one really was. Third after third of the keys the
+    scores rise by 1 and fall again, whichever way a kernel or its repair goes; every 16th row's by
+    21, so that references are raised."""
+    case = Case("millions", dtype=dtype, b=1, q=64, k=384, h=(1, 1), d=d)
+    arrays = case.arrays()
+    q, k, v = (arrays[name] for name in "qkv")
+    middle = slice(128, 256)
+    q[...] = k[...] = 0
+    q[..., 0] = k[..., 0] = 2000
+    q[..., 1] = 1
+    q[:, ::16, :, 2] = 1
+    k[..., 1] = 5
+    k[:, middle, :, 1] = 6
+    k[:, middle, :, 2] = 20
+    v[:, middle] -= 4
+    if poisoned:
+        arrays["v"] = np.concatenate([v, np.full_like(v, NAN)], axis=1)
+        arrays["k"] = np.concatenate([k, k], axis=1)
+        check(case.but(k=768, lengths_k=(384,)), arrays=arrays, scale=1.0)
+    else:
+        check(case, arrays=arrays, scale=1.0)
+
+
 # ---- which keys, which bits ---------------------------------------------------------------------
 
 

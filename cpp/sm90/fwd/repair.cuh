@@ -82,7 +82,7 @@ struct Repair {
     if constexpr (T::kLists) kept.parts = p.mask_block_k;  // of single keys
     keys = {kept.below(keys.first), kept.below(keys.last)};
     VRow o;
-    float row_max = -INFINITY, row_sum = 0.0f;
+    float row_max = -INFINITY, row_sum = 0.0f, reference = 0.0f;
     for (int64_t visit = keys.first; visit < keys.last; ++visit) {
       int64_t const j = kept.at(visit);
       KRow const k = load<KRow>(p.k_ref, work.batch, kv_head, seq.k_begin + j, p.head_dim);
@@ -94,10 +94,10 @@ struct Repair {
       for (int offset = 16; offset; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
       s = score(p, work, s, i + seq.q_offset - j);
       float const row_max_new = fmaxf(row_max, s);
-      float const reference = row_max_new == -INFINITY ? 0.0f : row_max_new * p.scale_log2;
-      // Exactly 1 where the maximum stays: over thousands of keys a rounding would add up.
-      float const alpha =
-          row_max_new == row_max ? 1.0f : exp2_approx(row_max * p.scale_log2 - reference);
+      float const raised = row_max_new == -INFINITY ? 0.0f : row_max_new * p.scale_log2;
+      // Both as they were rounded; exactly 1 where the maximum stays.
+      float const alpha = exp2_approx(row_max == -INFINITY ? -INFINITY : reference - raised);
+      reference = raised;
       float const prob = exp2_approx(s * p.scale_log2 - reference);
       row_max = row_max_new;
       row_sum = row_sum * alpha + prob;

@@ -67,12 +67,12 @@ struct OnlineSoftmax {
       if (sum >= kLargest)
         row_max_new = fmaxf(row_max_new, row_max[r] + __log2f(sum) * rcp_approx(scale_log2));
     }
-    reference[r] = row_max_new == -INFINITY ? 0.0f : row_max_new * scale_log2;
-    // Exactly 1 where the maximum stays: over thousands of blocks a rounding would add up.
-    float const alpha = sum >= kTooLarge ? NAN
-                        : row_max_new == row_max[r]
-                            ? 1.0f
-                            : exp2_approx(row_max[r] * scale_log2 - reference[r]);
+    float const raised = row_max_new == -INFINITY ? 0.0f : row_max_new * scale_log2;
+    // Both references as they were rounded, which of large scores is much; exactly 1 where the
+    // maximum stays. No branch: it would cost copies where nothing is raised.
+    float const down = row_max[r] == -INFINITY ? -INFINITY : reference[r] - raised;
+    float const alpha = exp2_approx(sum >= kTooLarge ? NAN : down);
+    reference[r] = raised;
     row_max[r] = row_max_new;
     row_sum[r] *= alpha;
     // A thread that holds only small terms is not lost: nothing to a sum that is at least 1.
