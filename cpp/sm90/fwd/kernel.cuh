@@ -135,7 +135,7 @@ struct Kernel {
         release(sh.q_free[q.stage]);
       } else
         attend(p, sh, work, sh.q[q.stage] + 64 * consumer * kPanelBytes, sh.q_free[q.stage],
-               warp_row + lane / 4, k, v, softmax, rO);
+               warp_row + lane / 4, work.seen(64 * (consumer + 1)), k, v, softmax, rO);
 
       int const row = work.row + warp_row + lane / 4;
       bool const valid[2] = {row < work.seqlen_q, row + 8 < work.seqlen_q};
@@ -168,35 +168,33 @@ struct Kernel {
       if (lse && row + 8 * r < rows) lse[row + 8 * r] = softmax.lse[r];
   }
 
-  // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile.
+  // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile. seen:
+  // where the keys end that a row of this consumer sees.
   FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work& work, const char* sQ,
-                               Barrier& q_free, int thread_row, Ring& k, Ring& v,
+                               Barrier& q_free, int thread_row, int seen, Ring& k, Ring& v,
                                OnlineSoftmax& softmax, typename T::OutputTile& rO) {
     typename T::ScoreTile rS;
     typename T::ProbTile rP;
     Scores const scores(p, work, thread_row);
 
-    // The last block: there is no P V yet to overlap with.
-    int visit = work.last - 1;
-    sh.k_ready[k.stage].wait(k.parity);
-    int const j = key_block(sh, k, visit);
-    take_turn();
-    wgmma_fence();
-    gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
-    wgmma_commit();
-    pass_turn();
-    wgmma_wait<0>();
-    pin(rS);
-    release(sh.k_free[k.stage]);
-    k.advance();
-    scores.terms.apply(p, rS, j * T::kBlockN);
-    if (work.cut(visit)) scores.exclude(work, rS, visit, j);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      softmax.template raise<true>(rS, r);
-      softmax.exponentiate(rS, r);
+    int visit = work.last - 1, skipped = 0;
+    if constexpr (T::kSkips)
+      for (; visit > work.first && visit * T::kBlockN >= seen; --visit, ++skipped) {
+        sh.k_ready[k.stage].wait(k.parity);
+        take_turn();
+        pass_turn();
+        release(sh.k_free[k.stage]);
+        k.advance();
+      }
+    if (T::kHalves && visit * T::kBlockN + T::kBlockN / 2 >= seen)
+      last_block<T::kBlockN / 2>(p, sh, work, scores, sQ, k, softmax, rS, rP, visit);
+    else
+      last_block<T::kBlockN>(p, sh, work, scores, sQ, k, softmax, rS, rP, visit);
+    for (; skipped > 0; --skipped) {
+      sh.v_ready[v.stage].wait(v.parity);
+      release(sh.v_free[v.stage]);
+      v.advance();
     }
-    scores.to_probabilities(p, rP, rS, j);
 
     for (--visit; visit >= work.first; --visit) {
       if (T::kMask != Mask::none && work.cut(visit))
@@ -217,6 +215,36 @@ struct Kernel {
     pin(rO);
     release(sh.v_free[v.stage]);
     v.advance();
+  }
+
+  // The last key block, or the first kKeys of it: there is no P V yet to overlap with.
+  template <int kKeys>
+  FC_DEVICE static void last_block(const FwdParams& p, Shared& sh, const Work& work,
+                                   const Scores& scores, const char* sQ, Ring& k,
+                                   OnlineSoftmax& softmax, typename T::ScoreTile& rS,
+                                   typename T::ProbTile& rP, int visit) {
+    auto& s = reinterpret_cast<float (&)[kKeys / 2]>(rS);
+    sh.k_ready[k.stage].wait(k.parity);
+    int const j = key_block(sh, k, visit);
+    take_turn();
+    wgmma_fence();
+    gemm_abt<Element, kKeys, T::kHeadDim, T::kBlockM, T::kBlockN>(s, sQ, sh.k[k.stage]);
+    wgmma_commit();
+    pass_turn();
+    wgmma_wait<0>();
+    pin(s);
+    release(sh.k_free[k.stage]);
+    k.advance();
+    scores.terms.apply(p, s, j * T::kBlockN);
+    if (work.cut(visit)) scores.exclude(work, s, visit, j);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      softmax.template raise<true>(s, r);
+      softmax.exponentiate(s, r);
+    }
+    scores.to_probabilities(p, rP, s, j);
+#pragma unroll
+    for (int i = kKeys / 4; i < T::kBlockN / 4; ++i) rP[i] = 0;
   }
 
   // One key block: S(j) = Q K(j)^T overlaps O += P(j+1) V(j+1), which overlaps softmax(j).
@@ -280,11 +308,11 @@ struct Kernel {
   // Consumers issue their products in turn, so that one computes its softmax while the tensor cores
   // work for another, instead of all at once. Each consumer takes one turn per key block.
   FC_DEVICE static void take_turn() {
-    if constexpr (T::kTurns) named_barrier_sync(T::kTurn + warpgroup_index() - 1, 256);
+    if constexpr (T::kTurns) named_barrier_sync(T::kTurn + threadIdx.x / 128 - 1, 256);
   }
   FC_DEVICE static void pass_turn() {
     if constexpr (T::kTurns)
-      named_barrier_arrive(T::kTurn + warpgroup_index() % T::kConsumers, 256);
+      named_barrier_arrive(T::kTurn + threadIdx.x / 128 % T::kConsumers, 256);
   }
 
   // One arrival per warp: the warps of a warpgroup may be apart.

@@ -22,25 +22,26 @@ struct Scores {
   }
 
   // Scores of block j that are excluded become -inf. visit: to which the work's ranges refer.
-  FC_DEVICE void exclude(const Work& work, typename T::ScoreTile& s, int visit, int j) const {
+  template <int N>
+  FC_DEVICE void exclude(const Work& work, float (&s)[N], int visit, int j) const {
     int const col = j * T::kBlockN + 2 * (threadIdx.x % 4);
 #pragma unroll
-    for (int i = 0; i < T::kBlockN / 2; ++i)
+    for (int i = 0; i < N; ++i)
       if (8 * (i / 4) + i % 2 >= last[(i / 2) % 2] - col) s[i] = -INFINITY;
     if (T::kMask != Mask::none && visit < work.first_full) {
 #pragma unroll
-      for (int i = 0; i < T::kBlockN / 2; ++i)
+      for (int i = 0; i < N; ++i)
         if (8 * (i / 4) + i % 2 < first[(i / 2) % 2] - col) s[i] = -INFINITY;
     }
   }
 
   // Exponentials of block j to the 16 bits of the second product.
-  FC_DEVICE void to_probabilities(const FwdParams& p, typename T::ProbTile& probs,
-                                  typename T::ScoreTile& s, int j) const {
+  template <int N>
+  FC_DEVICE void to_probabilities(const FwdParams& p, typename T::ProbTile& probs, float (&s)[N],
+                                  int j) const {
     terms.drop(p, s, j * T::kBlockN);
 #pragma unroll
-    for (int i = 0; i < T::kBlockN / 4; ++i)
-      probs[i] = pack<typename T::Element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < N / 2; ++i) probs[i] = pack<typename T::Element>(s[2 * i], s[2 * i + 1]);
   }
 };
 

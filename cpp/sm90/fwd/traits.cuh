@@ -31,6 +31,11 @@ struct Traits {
   static constexpr bool kLists = kMask == Mask::lists;
   static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kTurns = kConfig.turns;
+  // Where the diagonal crosses a tile, a consumer leaves out keys that none of its rows sees: whole
+  // blocks if they are short, of a long one its second half.
+  static constexpr bool kSkips =
+      kMask == Mask::window && kConfig.consumers() > 1 && kConfig.block_n <= 64;
+  static constexpr bool kHalves = kMask == Mask::window && kConfig.block_n == 128;
 
   // By warpgroups of consumers in the block. What the producer releases must come up with what the
   // consumers claim above the launch value: 65536 registers over all threads, in steps of 8 (168

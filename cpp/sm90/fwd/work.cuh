@@ -27,6 +27,9 @@ struct alignas(16) Work {
   // Whether the mask leaves out some of key block j.
   FC_DEVICE bool cut(int j) const { return j >= last_full || j < first_full; }
 
+  // No row among the tile's first `rows` sees a key from here on.
+  FC_DEVICE int seen(int rows) const { return min_of(seqlen_k, window_end + rows - 1); }
+
   // From key blocks to visits: only those of the list are left.
   FC_DEVICE void keep(const tile::KeptBlocks& kept) {
     first = kept.below(first);
