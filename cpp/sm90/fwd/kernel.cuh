@@ -39,7 +39,7 @@ struct Kernel {
   using Ring = tile::Ring<T::kStages>;
   using QRing = tile::Ring<T::kQStages>;
   using Scores = fwd::Scores<T>;
-  using OnlineSoftmax = fwd::OnlineSoftmax<Element, T::kBlockN>;
+  using OnlineSoftmax = fwd::OnlineSoftmax<T::kSumTells>;
 
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const FwdParams& p, Shared* teams) {
@@ -141,8 +141,7 @@ struct Kernel {
       bool const valid[2] = {row < work.seqlen_q, row + 8 < work.seqlen_q};
       softmax.finish(rO, p.scale, T::kTerms ? p.dropout_scale : 1.0f, valid,
                      p.sinks && work.split == 0 ? p.sinks + work.head : nullptr);
-      if (OnlineSoftmax::kSumTells || T::kMask != Mask::none || p.ragged())
-        probe += finite_probe(rO);
+      if (T::kSumTells || T::kMask != Mask::none || p.ragged()) probe += finite_probe(rO);
       store_o<T>(p, sh, work, rO, warp_row);
       if (lane % 4 == 0) store_lse(p, work, softmax, row);
     }

@@ -1,7 +1,6 @@
 // Online softmax over the two accumulator rows a thread shares with its quad.
 #pragma once
 #include <cfloat>
-#include <type_traits>
 
 #include "sm90/ptx/registers.cuh"
 
@@ -12,15 +11,13 @@ namespace flashcore::sm90::fwd {
 //
 // When a block is `unproven`, its largest scores are searched for, and one that exceeds the
 // reference by more than a factor of 2^8 raises it. A proven block is one whose rows have all seen
-// a whole block before. With bfloat16, which holds whatever float holds, the search is left out
-// there: the row's sum so far tells whether the reference has been left behind, by a factor of up
-// to 2^40. What a single block may then add without warning is a factor of 2^80 (55 in the scores);
-// past that the row becomes NaN, and repair.cuh computes it again.
-template <class Element, int kBlockN>
+// a whole block before. With kSumTells (bfloat16, which holds whatever float holds) the search is
+// left out there: the row's sum so far tells whether the reference has been left behind, by a
+// factor of up to 2^40. What a single block may then add without warning is a factor of 2^80 (55 in
+// the scores); past that the row becomes NaN, and repair.cuh computes it again.
+template <bool kSumTells>
 struct OnlineSoftmax {
   static constexpr int kRows = 2;
-  // With short blocks the search costs no more than asking the sums.
-  static constexpr bool kSumTells = std::is_same_v<Element, __nv_bfloat16> && kBlockN >= 128;
   static constexpr float kLargest = 0x1p40f;
   static constexpr float kTooLarge = 0x1p120f;  // its reciprocal is still a normal number
 

@@ -36,6 +36,10 @@ struct Traits {
   static constexpr bool kSkips =
       kMask == Mask::window && kConfig.consumers() > 1 && kConfig.block_n <= 64;
   static constexpr bool kHalves = kMask == Mask::window && kConfig.block_n == 128;
+  // With short blocks the search for maxima costs no more than asking the sums, except where little
+  // else is done.
+  static constexpr bool kSumTells =
+      kConfig.dtype == DType::bf16 && (kConfig.block_n >= 128 || kConfig.head_dim <= 64);
 
   // By warpgroups of consumers in the block. What the producer releases must come up with what the
   // consumers claim above the launch value: 65536 registers over all threads, in steps of 8 (168
