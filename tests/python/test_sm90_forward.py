@@ -477,6 +477,26 @@ def test_poison_around_the_inputs_reaches_nothing(poison, d, more):
     assert_close_to_reference(result, arrays["q"], arrays["k"], arrays["v"], causal=True)
 
 
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("name", "kv")
+@pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window": (50, 10)}, {"softcap": 3.0}, {"sinks": True}],
+    ids=str,
+)
+def test_poison_that_is_seen_stays(options, d, more, name, poison):
+    """In the rows that see it and, of V, in its column: nowhere else. With values behind the mask
+    and past a sequence's end that are not finite either."""
+    case = PLAIN.but(d=d, q=300, k=300, lengths_k=(300, 280), **options)
+    arrays = case.arrays()
+    arrays[name][:, 130, :, 5] = poison
+    arrays["v"][1, 280:] = INF
+    done = run(case, arrays, **more)
+    assert_close_to_reference(done.result, *(arrays[x] for x in "qkv"), **done.values)
+    assert_same_bits(done.result, done.again())
+
+
 @pytest.mark.parametrize("d,more", every_kernel(32, 64, 96, 128, 192, 256))
 def test_poison_behind_the_mask_reaches_nothing(d, more):
     """Keys that causal and window hide inside blocks that are visited."""
