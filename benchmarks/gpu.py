@@ -5,6 +5,10 @@ empties the L2 cache and hides the time to launch (autograd takes longer: there 
 CUDA events, median over all calls. Under a power limit the clock moves by ten percent within
 minutes: taking turns lets every peer see the same clock, so compare within a row, not between
 files.
+
+cuDNN and FlashAttention-2 are torch's. `pip install -r requirements/peers_gpu.txt` brings the
+forward of FlashAttention-3, and FlashAttention-4, which compiles seconds a kernel before its first
+cell; with FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 in the environment it keeps what it compiled.
 """
 
 from __future__ import annotations
