@@ -29,6 +29,14 @@ Plan plan_of(const Kernel& k, const Problem& p) {
   return plan;
 }
 
+// Most kernels are for another dtype or for smaller heads, and to make a text that says so takes
+// longer than the rest of a choice.
+bool is_sized_for(const Kernel& k, const Problem& p) {
+  auto const takes = [](int32_t largest, int64_t size) { return largest == 0 || size <= largest; };
+  return std::strcmp(k.info.dtype, dtype_name(p.dtype)) == 0 &&
+         takes(k.info.head_dim, p.head_dim) && takes(k.info.head_dim_v, p.head_dim_v);
+}
+
 std::string refusal_of(const Kernel& k, const Problem& p) {
   if (forced_out(k)) return "FLASHCORE_FORCE names another kernel";
   std::string reason = k.refusal(k, p);
@@ -75,8 +83,7 @@ void for_each_candidate(const Problem& p, F f) {
 Plan select(const Problem& p) {
   Plan plan;
   for_each_candidate(p, [&](const Kernel& k) {
-    // Most kernels are for another dtype, and to say so takes longer than the rest of this.
-    if (std::strcmp(k.info.dtype, dtype_name(p.dtype)) != 0) return false;
+    if (!is_sized_for(k, p)) return false;
     if (!refusal_of(k, p).empty()) return false;
     plan = plan_of(k, p);
     return true;

@@ -15,10 +15,19 @@ void atomic(const Kernel&, const Problem&, Plan& plan) { plan.deterministic = fa
 void ordered(const Kernel&, const Problem&, Plan& plan) { plan.workspace_bytes = 512; }
 void launch(const Kernel&, const Problem&, const Plan&, void*, void*) {}
 
-flashcore_kernel_info info(const char* name, const char* dtype = "float32") {
+int asked = 0;  // how often a kernel was asked for a text
+std::string count_and_refuse(const Kernel&, const Problem&) {
+  ++asked;
+  return "is for smaller heads";
+}
+
+flashcore_kernel_info info(const char* name, const char* dtype = "float32", int head_dim = 0,
+                           int head_dim_v = 0) {
   flashcore_kernel_info k{};
   k.name = name;
   k.dtype = dtype;
+  k.head_dim = head_dim;
+  k.head_dim_v = head_dim_v;
   k.backend = "test";
   k.direction = FLASHCORE_FORWARD;
   return k;
@@ -26,6 +35,8 @@ flashcore_kernel_info info(const char* name, const char* dtype = "float32") {
 
 const Kernel kernels[] = {
     {info("half", "float16"), accept, ordered, launch},
+    {info("small", "float32", 64, 64), count_and_refuse, ordered, launch},
+    {info("narrow", "float32", 128, 64), count_and_refuse, ordered, launch},
     {info("busy"), refuse, ordered, launch},
     {info("fast"), accept, atomic, launch},
     {info("steady"), accept, ordered, launch},
@@ -48,6 +59,17 @@ std::span<const Backend* const> backends() {
 TEST("the first kernel of the dtype that accepts runs") {
   Problem p;
   CHECK_EQ(std::string(select(p).kernel->info.name), "fast");
+}
+
+TEST("a kernel for smaller heads is passed over without a text") {
+  Problem p;
+  p.head_dim = p.head_dim_v = 128;
+  asked = 0;
+  CHECK_EQ(std::string(select(p).kernel->info.name), "fast");
+  CHECK_EQ(asked, 0);
+  p.head_dim = p.head_dim_v = 64;
+  CHECK_EQ(std::string(select(p).kernel->info.name), "fast");
+  CHECK_EQ(asked, 2);
 }
 
 TEST("deterministic=True goes on to the first kernel that is") {
@@ -74,7 +96,7 @@ TEST("explain says which kernels are not deterministic") {
 TEST("when none is deterministic, the reason is given") {
   Problem p;
   p.deterministic = true;
-  end_of_kernels = kernels + 3;
+  end_of_kernels = kernels + 5;  // without "steady"
   try {
     select(p);
     CHECK(false);
