@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import flashcore as fc
+from flashcore import _core
 from flashcore.torch import autograd, operators
 
 if TYPE_CHECKING:
@@ -85,24 +86,25 @@ def attention(
             learned = given.get("bias"), given.get("sinks")
 
     call: Any = autograd.attention
-    if autograd.recorded(q, k, v, *learned):
+    if autograd.recorded(q, k, v, learned):
         _check_tensors(q=q, k=k, v=v, **dict(zip(("bias", "sinks"), learned)))
         call = operators.attention
-    elif not (autograd.require_grad(q, k, v, *learned) or autograd.transformed()):
-        return fc.attention(
-            q,
-            k,
-            v,
-            out_dtype=out_dtype,
-            return_lse=return_lse,
-            return_max_logits=return_max_logits,
-            **given,
-        )
+    elif not autograd.transformed():
+        if not autograd.require_grad(q, k, v, learned):
+            result = _core.attention(
+                q, k, v, given, None, out_dtype, return_lse, return_max_logits, None
+            )
+            return fc.Result(*result) if return_lse or return_max_logits else result
+        call = None
     bias = sinks = None
     if learned:
         bias, sinks = given.pop("bias", None), given.pop("sinks", None)
     only_out = not (return_lse or return_max_logits)
-    result = call(q, k, v, bias, sinks, given, return_max_logits, out_dtype, only_out)
+    if call:
+        result = call(q, k, v, bias, sinks, given, return_max_logits, out_dtype, only_out)
+    else:
+        inputs = (q, k, v) if bias is None and sinks is None else (q, k, v, bias, sinks)
+        result = autograd.record((given, return_max_logits, out_dtype, only_out), *inputs)
     if only_out:
         return result
     out, lse, max_logits = result

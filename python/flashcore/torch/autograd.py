@@ -31,7 +31,7 @@ _is_traced = torch.compiler.is_dynamo_compiling  # by torch.compile and strict t
 _grad_is_enabled = torch.is_grad_enabled
 
 
-def recorded(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+def recorded(q: Tensor, k: Tensor, v: Tensor, others: tuple[Tensor | None, ...] = ()) -> bool:
     """Whether torch sees operators only: it compiles or exports, a dispatch mode listens, or a
     tensor is of a class of its own (fake, functional, distributed)."""
     for x in others:
@@ -41,7 +41,7 @@ def recorded(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
     return not plain or _is_traced() or _dispatch_modes() > 0
 
 
-def require_grad(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+def require_grad(q: Tensor, k: Tensor, v: Tensor, others: tuple[Tensor | None, ...] = ()) -> bool:
     """Whether autograd records what is done with them."""
     if not _grad_is_enabled():
         return False
@@ -107,8 +107,8 @@ def _copyable(t: Tensor) -> bool:
 
 
 def _save(ctx: Any, options: dict[str, Any], *tensors: Tensor | None) -> None:
-    """What backward needs, as tensors wherever it is one: hooks see those, and writing to one
-    before backward is noticed."""
+    """What backward needs, q, k, v, out, lse, bias, sinks, as tensors wherever it is one: hooks see
+    those, and writing to one before backward is noticed."""
     if options:
         arrays = tensors_in(options)
         if arrays:
@@ -119,7 +119,8 @@ def _save(ctx: Any, options: dict[str, Any], *tensors: Tensor | None) -> None:
 
 
 def _gradients_of_saved(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Grads:
-    q, k, v, bias, sinks, out, lse, *arrays = ctx.saved_tensors
+    q, k, v, out, lse, *others = ctx.saved_tensors
+    bias, sinks, *arrays = others or (None, None)
     options, names = getattr(ctx, "options", ({}, ()))
     if arrays:
         options = {**options, **dict(zip(names, arrays))}
@@ -146,12 +147,14 @@ class Attention(Function):
         sinks: Tensor | None = None,
     ) -> Any:
         options, return_max_logits, out_dtype, only_out = call
-        result = forward(q, k, v, bias, sinks, options, return_max_logits, out_dtype)
+        alone = bias is None and sinks is None
+        given = options if alone else {**options, "bias": bias, "sinks": sinks}
+        result = _core.attention(q, k, v, given, None, out_dtype, True, return_max_logits, None)
         out, lse, max_logits = result
-        if options:
-            _save(ctx, options, q, k, v, bias, sinks, out, lse)
+        if options or not alone:
+            _save(ctx, options, q, k, v, out, lse, bias, sinks)
         else:
-            ctx.save_for_backward(q, k, v, bias, sinks, out, lse)
+            ctx.save_for_backward(q, k, v, out, lse)
         if only_out:
             return out
         ctx.set_materialize_grads(False)
@@ -176,7 +179,7 @@ class TransformedAttention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         out, lse, max_logits = output
-        _save(ctx, inputs[5], *inputs[:5], out, lse)
+        _save(ctx, inputs[5], *inputs[:3], out, lse, *inputs[3:5])
         ctx.set_materialize_grads(False)
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
@@ -213,7 +216,7 @@ class AttentionBackward(Function):
 
 
 # Function.apply unwraps what functorch may have left behind, which costs as much as the rest of it.
-_apply: Any = super(Function, Attention).apply
+record: Any = super(Function, Attention).apply
 
 
 def attention(
@@ -235,14 +238,12 @@ def attention(
         )
         return result[0] if only_out else result
     call = options, return_max_logits, out_dtype, only_out
-    if bias is None and sinks is None:
-        return _apply(call, q, k, v)
-    return _apply(call, q, k, v, bias, sinks)
+    return record(call, q, k, v, bias, sinks)
 
 
 def gradients(dout: Tensor, *args: Any) -> Grads:
     """`backward` by whichever way the call is made: recorded, transformed or run."""
-    if recorded(*args[:3], dout):
+    if recorded(args[0], args[1], args[2], (dout,)):
         from flashcore.torch import operators
 
         return operators.attention_backward(dout, *args)
