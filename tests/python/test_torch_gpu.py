@@ -212,6 +212,22 @@ def test_sdpa():
     torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_sdpa_leaves_a_refused_call_to_torch(dropout_p, grad):
+    """float32 on a GPU: torch's result, and of dropout torch's own random numbers."""
+    q, k, v = (
+        x.transpose(1, 2).detach().requires_grad_(grad) for x in tensors(dtype=torch.float32)
+    )
+    torch.manual_seed(0)
+    want = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    torch.manual_seed(0)
+    with ft.register_sdpa():
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p), want)
+    with ft.register_sdpa(strict=True), pytest.raises(fc.UnsupportedError):
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+
+
 def test_autocast():
     q, k, v = tensors(dtype=torch.float32)
     with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -116,7 +116,12 @@ def _options(
         return options
     if torch.compiler.is_compiling():
         refuse("query", "on a GPU inside torch.compile", "it in flashcore.torch.attention there")
-    for direction in ("forward", "backward") if require_grad(q, k, v, attn_mask) else ("forward",):
+    # A call that no kernel runs says so by itself, but only after dropout has drawn its seed, and
+    # of backward nothing.
+    directions = ["forward"] if dropout_p else []
+    if require_grad(q, k, v, (attn_mask,)):
+        directions.append("backward")
+    for direction in directions:
         rng = (0, 0) if dropout_p else None
         plan = explain(q, k, v, direction=direction, rng=rng, **options)
         if plan.kernel is None:
