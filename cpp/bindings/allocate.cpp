@@ -39,6 +39,22 @@ nb::object integers(const Shape& shape) {
   return tuple;
 }
 
+// Of a packed tensor of that shape.
+nb::object packed_strides(const Shape& shape) {
+  nb::object tuple = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape[d] > 1 ? shape[d] : 1)
+    PyTuple_SetItem(tuple.ptr(), static_cast<Py_ssize_t>(d), PyLong_FromLongLong(stride));
+  return tuple;
+}
+
+// dtype_name() for Python: interned where it is what lse or a workspace has.
+nb::object dtype_word(DLDataType type) {
+  if (type.code == kDLFloat && type.bits == 32) return nb::borrow(interned<"float32">());
+  if (type.code == kDLUInt && type.bits == 8) return nb::borrow(interned<"uint8">());
+  return nb::str(dtype_name(type).c_str());
+}
+
 // A new tensor from a producer that we know by its exchange table alone.
 nb::object exchange_empty(const Session& session, const char* name, Shape shape, DLDataType dtype,
                           bool zero) {
@@ -91,13 +107,10 @@ nb::object call_framework(const nb::object& function, const nb::handle (&argumen
 
 // empty(shape, strides, dtype=, device=), without Python in between.
 nb::object packed_empty(const Allocator& allocate, nb::handle like, const Shape& shape,
-                        const char* dtype) {
+                        const nb::object& dtype) {
   static PyObject* keywords = nullptr;  // no initialiser: see Call::read_inputs
   if (!keywords) keywords = nb::make_tuple("dtype", "device").release().ptr();
-  Shape strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= shape[d] > 1 ? shape[d] : 1) strides[d] = stride;
-  nb::object const sizes = integers(shape), steps = integers(strides);
+  nb::object const sizes = integers(shape), steps = packed_strides(shape);
   nb::object const type = allocate.dtypes[dtype];
   nb::object const device = like.attr(interned<"device">());
   return call_framework(allocate.empty, {sizes, steps, type, device}, keywords);
@@ -129,11 +142,11 @@ nb::object new_array(const Session& session, const char* name, const Shape& shap
     return exchange_empty(session, name, shape, type, zero);
   require_allocator(session, name);
   const Allocator& allocate = allocator(session);
-  std::string const dtype = dtype_name(type);
+  nb::object const dtype = dtype_word(type);
   if (!zero && !session.stream_given && !allocate.empty.is_none())
-    return packed_empty(allocate, session.like, shape, dtype.c_str());
-  return call_framework(allocate.make, {session.like, integers(shape), nb::str(dtype.c_str()),
-                                        nb::bool_(zero), raw_stream(session)});
+    return packed_empty(allocate, session.like, shape, dtype);
+  return call_framework(
+      allocate.make, {session.like, integers(shape), dtype, nb::bool_(zero), raw_stream(session)});
 }
 
 }  // namespace
