@@ -96,6 +96,8 @@ def torch_groups(device: str, shape: tuple[int, ...]) -> list[Group]:
         ),
         "torch SDPA, recorded": lambda: scaled_dot_product_attention(dqh, dkh, dvh),
     }
+    if device == "cuda":
+        plain["torch zero_, one launch"] = lambda: out.zero_()
     flash_attn_4 = cute_attention() if device == "cuda" else None
     if flash_attn_4:
         plain["flash-attn-4"] = lambda: flash_attn_4(q, k, v)
