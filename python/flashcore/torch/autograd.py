@@ -91,7 +91,9 @@ def backward(
     if bias is not None or sinks is not None:
         options = {**options, "bias": bias, "sinks": sinks}
     # Gradients come with whatever strides the next operation left.
-    if dout.stride(-1) != 1 or (dout.is_cuda and not _copyable(dout)):
+    if not dout.is_contiguous() and (
+        dout.stride(-1) != 1 or (dout.is_cuda and not _copyable(dout))
+    ):
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
