@@ -28,6 +28,9 @@ struct TileScheduler {
   FC_HD constexpr int num_tiles() const { return m_blocks * pairs; }
   FC_HD constexpr int num_sections() const { return ceil_div(pairs, section_pairs); }
 
+  // Whether tiles of the section rise, as an alternative to falling.
+  FC_HD constexpr bool rises(int section) const { return (num_sections() - 1 - section) % 2 != 0; }
+
   FC_HD constexpr Tile tile(int index) const {
     int const per_section = section_pairs * m_blocks;
     int const section = index / per_section;
@@ -36,8 +39,7 @@ struct TileScheduler {
     int const width = min_of(section_pairs, pairs - first);  // the last section may be narrower
     int const row = rest / width;
     int const pair = first + (rest - row * width);
-    bool const rising = (num_sections() - 1 - section) % 2 != 0;
-    return {rising ? row : m_blocks - 1 - row, pair % heads, pair / heads};
+    return {rises(section) ? row : m_blocks - 1 - row, pair % heads, pair / heads};
   }
 };
 

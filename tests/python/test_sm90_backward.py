@@ -203,6 +203,26 @@ def test_deterministic(d, options, h):
         assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
 
 
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_deterministic_on_two_streams(d, options):
+    """Tiles that wait for one another, more of them than multiprocessors, which two calls share."""
+    call = Call(Case("streams", dtype="bf16", b=3, q=900, k=1500, h=(12, 6), d=d, **options))
+    t = call.tensors
+    inputs = [t[name] for name in ("dout", "q", "k", "v", "out", "lse")]
+    want = call.run(deterministic=True)
+    call.check(want)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    grads = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                grads.append(fc.attention_backward(*inputs, **call.options, deterministic=True))
+    torch.cuda.synchronize()
+    for got in grads:
+        assert_same_bits(want, got)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"h": (2, 1)}, {"causal": True, "d": 128}], ids=str
 )

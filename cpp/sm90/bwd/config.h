@@ -32,9 +32,6 @@ struct BwdConfig {
   constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
   // Where one block could do it, two are for calls whose tiles leave multiprocessors idle.
   constexpr bool few() const { return by_cluster() && head_dim <= 128; }
-  // With block lists: tiles are taken as they come. Not by a cluster, whose blocks would have to
-  // agree.
-  constexpr bool takes() const { return lists && cluster == 1; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && cluster == 1 && head_dim == head_dim_v &&
@@ -107,22 +104,27 @@ struct BwdParams {
   uint64_t rng_seed, rng_offset;
   const int64_t* rng_tensor;  // {seed, offset}; wins over the above when not null
 
-  // Key tiles in their order. Either they are dealt out one by one and add to dQ in any order; or a
-  // block takes all tiles of a key head, in rising order: then it can set the sums of dQ instead of
-  // adding to zeros, and the last tile that adds can write dQ itself.
+  // Key tiles in their order. Either they are dealt out one by one and add to dQ, in any order or
+  // in theirs; or a block takes all tiles of a key head, in rising order: then it can set the sums
+  // of dQ instead of adding to zeros, and the last tile that adds can write dQ itself.
   bool whole_heads;
   int pairs;  // of batch and key head
   // m_block counts key tiles, from the last one. Of a packed batch: of one sequence, whose m_blocks
   // it sets.
   tile::TileScheduler scheduler;
 
+  // Tiles that are not dealt out but taken, by whoever is done. Null: they are not. Cleared to -1
+  // by the host.
+  int* taken;  // the last one that was
+  int* taker;  // [tile]: which block or cluster took it, for repair.cuh
+  // If dQ is added to in a fixed order: [head][query block][part of dQ], the key tile that comes
+  // next; see dq_order.cuh. Cleared as well.
+  int* turns;
+
   // Only kernels with block lists look at these.
   tile::BlockLists kept_queries;  // of each key block, in query blocks of the kernel
   tile::BlockLists kept_keys;     // of each query block, in keys: for repair.cuh
   int mask_block_q;               // rows in a block of the mask
-  // With tiles that are taken: cleared to -1 by the host.
-  int* taken;  // the last one of those that were not dealt out at the beginning
-  int* taker;  // [tile]: which block took it, for repair.cuh
 };
 
 // After preprocess: dsinks from its statistics.

@@ -40,8 +40,9 @@ struct Consumer {
 
   FC_DEVICE Step step_at(int head, int m) const {
     return {head, m, work().masked(m),
-            m + 1 == work().last && head + 1 == (work().kv_head + 1) * p.group, false};
+            m + work().stride == work().end && head + 1 == first_head() + p.group, false};
   }
+  FC_DEVICE int first_head() const { return work().kv_head * p.group; }
   // The step whose Q is in the ring's stage, or the n-th before it.
   FC_DEVICE Step noted(int before = 0) const {
     int const slot = ring.stage + static_cast<int>(ring.parity) * T::kStages - before;
@@ -52,11 +53,12 @@ struct Consumer {
   // With block lists, the ring must be at that step, and have waited for it.
   FC_DEVICE Step first_step() const {
     if constexpr (T::kLists) return noted();
-    return step_at(work().kv_head * p.group, work().first);
+    return step_at(first_head(), work().begin);
   }
   FC_DEVICE Step step_after(Step s) const {
     if constexpr (T::kLists) return noted();
-    return s.m + 1 < work().last ? step_at(s.head, s.m + 1) : step_at(s.head + 1, work().first);
+    bool const more = s.head + 1 < first_head() + p.group;
+    return more ? step_at(s.head + 1, s.m) : step_at(first_head(), s.m + work().stride);
   }
   // Where the one before s was, if there was one; the ring is already a step further.
   struct Place {
@@ -67,8 +69,16 @@ struct Consumer {
       Step const step = noted(2);
       return {step.head, step.m};
     }
-    bool const new_head = s.m == work().first;
-    return {s.head - new_head, (new_head ? work().last : s.m) - 1};
+    if (s.head > first_head()) return {s.head - 1, s.m};
+    return {s.head + p.group - 1, s.m - work().stride};
+  }
+
+  // Around what is added to dQ of a step, the parity of whose number it is. See dq_order.cuh.
+  FC_DEVICE void wait_turn(uint32_t parity) const {
+    if (p.turns) sh.turn[index].wait(parity);
+  }
+  FC_DEVICE void pass_turn() const {
+    if (p.turns) release(sh.added[index]);
   }
 
   // One arrival per warp: the warps of a warpgroup may be apart.

@@ -124,13 +124,14 @@ struct Division {
   int64_t pairs;        // of batch and key head
   int clusters;         // or blocks, if they work alone
   bool whole_heads;
+  bool ordered;             // tiles add to dQ in a fixed order
   bool sums_added;          // to zeros, by any tile
   bool cut;                 // a mask cuts blocks
   bool block_slots;         // sums of dQ for the heads in the making alone, not for all
   int64_t slot_blocks;      // query blocks of such sums
   int64_t head_key_blocks;  // key tiles of a key head
   // Offsets in bytes; the sums of dQ come first.
-  int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, taken_bytes, bytes;
+  int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, turns, bytes;
 
   // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
   // no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
@@ -154,7 +155,8 @@ struct Division {
     pairs = p.batch * p.num_heads_kv;
     tiles = most_tiles(c, p);
     int const processors = cuda::devices()[p.device_id].multiprocessors;
-    whole_heads = p.deterministic || n_blocks <= 1 || short_heads(c, p, processors);
+    whole_heads = (p.deterministic && c.lists) || n_blocks <= 1 || short_heads(c, p, processors);
+    ordered = p.deterministic && !whole_heads;
     clusters = static_cast<int>(
         min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster));
     // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
@@ -171,8 +173,8 @@ struct Division {
     redo_keys = minus_delta + rows * 4;
     redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
     taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
-    taken_bytes = c.takes() && !whole_heads ? (1 + tiles) * 4 : 0;
-    bytes = taken + taken_bytes;
+    turns = taken + (ordered || (c.lists && !whole_heads) ? (1 + tiles) * 4 : 0);
+    bytes = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster * 4 : 0);
   }
 };
 
@@ -180,7 +182,7 @@ void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
   Division const d(instance_of(kernel).config, p);
   plan.workspace_bytes = static_cast<size_t>(d.bytes);
   plan.num_splits = 1;
-  plan.deterministic = d.whole_heads;  // else key tiles add to dQ in any order
+  plan.deterministic = d.whole_heads || d.ordered;  // else key tiles add to dQ in any order
 }
 
 void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* memory,
@@ -253,12 +255,14 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     params.kept_keys = {p.kv_blocks, lists(p.seqlen_q, p.block_q), p.block_q / c.block_m,
                         p.block_k};
     params.mask_block_q = p.block_q;
+  }
+  if (d.turns > d.taken) {
     params.taken = reinterpret_cast<int*>(part(d.taken));
     params.taker = params.taken + 1;
-    if (d.taken_bytes > 0)
-      cuda::check(cudaMemsetAsync(params.taken, 0xff, static_cast<size_t>(d.taken_bytes),
-                                  static_cast<cudaStream_t>(stream)),
-                  "flash_bwd_sm90: clearing the counter of tiles");
+    if (d.ordered) params.turns = reinterpret_cast<int*>(part(d.turns));
+    cuda::check(cudaMemsetAsync(params.taken, 0xff, static_cast<size_t>(d.bytes - d.taken),
+                                static_cast<cudaStream_t>(stream)),
+                "flash_bwd_sm90: clearing the counter of tiles");
   }
   params.head_key_blocks = static_cast<int>(d.head_key_blocks);
   params.head_blocks = static_cast<int>(d.head_blocks);
@@ -299,17 +303,23 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.whole_heads = d.whole_heads;
   params.pairs = static_cast<int>(d.pairs);
   // With no mask, tiles of one head side by side: they read the same queries at the same time. With
-  // one, their costs differ, and what counts is that every block is dealt its share.
+  // one, their costs differ, and what counts is that every block is dealt its share. Tiles that
+  // wait for one another are far apart, too: those that run at the same time are then few of each
+  // head.
   bool const packed = p.cu_seqlens_k != nullptr;
   int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
   params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv), pairs, 1};
-  if (!p.window.open() && !d.whole_heads && d.tiles > 0) {
+  if ((!p.window.open() || d.ordered) && !d.whole_heads && d.tiles > 0) {
+    // The caller's bounds of packed lengths must not change the order of a sum.
+    bool const mean = packed && d.ordered;
+    int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
+    int64_t const n_blocks = mean ? ceil_div(rows_k(p), p.batch * c.block_n) : d.n_blocks;
     int64_t const head_bytes =
-        p.seqlen_q * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+        rows * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
     // At least what runs at the same time anyhow, or there is nothing to choose from.
     int const largest = static_cast<int>(min_of<int64_t>(
         pairs, max_of<int64_t>(tile::section_pairs(head_bytes, 1, pairs, kL2Budget),
-                               ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, d.n_blocks)))));
+                               ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, n_blocks)))));
     int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     auto const cost = [&](int block) {
       int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
@@ -320,13 +330,14 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     // The search takes tens of microseconds, the rest of a call two.
     thread_local Memo<int, 11> known;
     params.scheduler.section_pairs =
-        packed ? largest
-               : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
-                            p.window.right, q_offset, pairs, largest, params.group, d.clusters},
-                           [&] {
-                             return tile::balanced_section(params.scheduler, largest, 1, d.clusters,
-                                                           cost);
-                           });
+        packed || d.ordered
+            ? largest
+            : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
+                         p.window.right, q_offset, pairs, largest, params.group, d.clusters},
+                        [&] {
+                          return tile::balanced_section(params.scheduler, largest, 1, d.clusters,
+                                                        cost);
+                        });
   }
   instance.launch(params, d.clusters * c.cluster, p.device_id, static_cast<cudaStream_t>(stream));
   if (p.dsinks) launch_dsinks(params, c.block_m, static_cast<cudaStream_t>(stream));

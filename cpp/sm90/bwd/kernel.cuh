@@ -9,10 +9,11 @@
 //
 // One step is one block of query rows of one query head: steps_by_keys.cuh, steps_by_gradient.cuh,
 // steps_by_cluster.cuh.
-// Query heads that share a key head follow one another in the tile, so dK and dV need no sums in
-// memory. dQ does (dq.cuh). The tile loop is persistent: rings keep stage and parity across tiles,
-// so the producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
+// A tile takes all query heads that share its key head, so dK and dV need no sums in memory. dQ
+// does (dq.cuh). The tile loop is persistent: rings keep stage and parity across tiles, so the
+// producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
 #pragma once
+#include "sm90/bwd/dq_order.cuh"
 #include "sm90/bwd/load.cuh"
 #include "sm90/bwd/steps_by_cluster.cuh"
 #include "sm90/bwd/steps_by_gradient.cuh"
@@ -34,7 +35,12 @@ struct Kernel {
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const BwdParams& p, Shared& sh) {
     release_registers<T::kProducerRegs>();
-    if (threadIdx.x / 32 != 0 || !elect_one()) return;
+    if (!elect_one()) return;
+    if (int const warp = threadIdx.x / 32) {
+      if (!T::kLists && p.turns && warp <= T::kConsumers)
+        keep_order<T>(p, sh, warp - 1, T::kByCluster ? cluster_rank() : 0);
+      return;
+    }
     prefetch_tensor_map(p.q.boxes);
     prefetch_tensor_map(p.k.boxes);
     prefetch_tensor_map(p.v.boxes);
@@ -44,12 +50,11 @@ struct Kernel {
     Ring ring = Ring::producer();
     uint32_t parity = 1;
     sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
-    sh.started = false;
     for (;;) {
       // Worked out before the wait, and kept where it takes no registers.
       tile::Tile tile;
-      if (next_tile(p, sh, tile))
-        sh.next.set(p, tile, T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
+      if (next_tile(p, sh, tile, parity))
+        sh.next.set(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
       else
         sh.next.key = -1;
       if constexpr (T::kLists) {
@@ -76,17 +81,32 @@ struct Kernel {
     let_next_kernel_begin();
   }
 
-  // With block lists tiles are of any length, and nobody knows it beforehand: so whoever is done
-  // takes the next one, from a counter in memory.
-  FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile) {
-    bool const taken = T::kTakes && !p.whole_heads;
-    int& at = sh.tiles.at();
-    if (taken && sh.started) at = atomicAdd(p.taken, 1) + 1 + static_cast<int>(gridDim.x);
-    if (T::kTakes) sh.started = true;
-    int const index = at;
+  // Where tiles are of any length, and nobody knows it beforehand, or where they wait for one
+  // another, whoever is done takes the next one, from a counter in memory.
+  FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile,
+                                  uint32_t parity) {
+    if (!p.taken) return sh.tiles.next(p, T::kBlockN, tile);
+    int const index = take(p, sh, parity);
+    sh.tiles.at() = index;
     if (!sh.tiles.next(p, T::kBlockN, tile)) return false;
-    if (taken) p.taker[index] = static_cast<int>(blockIdx.x);
+    p.taker[index] = static_cast<int>(blockIdx.x / T::kCluster);
     return true;
+  }
+  // In a cluster the first block does, and tells the other one.
+  FC_DEVICE static int take(const BwdParams& p, Shared& sh, uint32_t parity) {
+    if (T::kByCluster && cluster_rank() > 0) {
+      sh.taken_ready.arrive_expect(sizeof sh.taken);
+      sh.taken_ready.wait(parity ^ 1);
+      int const index = sh.taken;
+      arrive_in(sh.taken_free, 0);
+      return index;
+    }
+    int const index = atomicAdd(p.taken, 1) + 1;
+    if constexpr (T::kByCluster) {
+      sh.taken_free.wait(parity);
+      store_to(1, sh.taken, index, sh.taken_ready);
+    }
+    return index;
   }
 
   // K, V and the query blocks in the order in which they are used.
@@ -98,7 +118,8 @@ struct Kernel {
     int const key = work.k_begin + first_key, keys = work.seqlen_k - first_key;
     load<T::kKeys, T::kPanels>(sh.k, p.k, sh.k_ready, key, keys, work.kv_head, batch_k, once);
     bool fresh = true;
-    auto load_step = [&](int head, int m, int64_t stats) {
+    auto load_step = [&](int head, int m) {
+      int64_t const stats = int64_t{head * p.head_blocks + work.stats + m} * T::kBlockM;
       int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
       int const rows = work.seqlen_q - m * T::kBlockM;
       load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
@@ -127,17 +148,14 @@ struct Kernel {
         note.last = !more;
         sh.free[ring.stage].wait(ring.parity);
         sh.note[ring.stage + static_cast<int>(ring.parity ^ 1) * T::kStages] = note;
-        load_step(note.head, note.m,
-                  (int64_t{note.head} * p.head_blocks + work.stats + note.m) * T::kBlockM);
+        load_step(note.head, note.m);
       }
     } else {
-      for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
-        int64_t stats = (int64_t{head} * p.head_blocks + work.stats + work.first) * T::kBlockM;
-        for (int m = work.first; m < work.last; ++m, stats += T::kBlockM) {
+      for (int m = work.begin; m != work.end; m += work.stride)
+        for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
           sh.free[ring.stage].wait(ring.parity);
-          load_step(head, m, stats);
+          load_step(head, m);
         }
-      }
     }
   }
 
@@ -220,12 +238,11 @@ struct Kernel {
     int const warp = threadIdx.x / 32 - 4;
     int const part = T::dq_part(consumer, rank);
     int const slot = blockIdx.x / T::kCluster;
-    bool const taken = T::kTakes && !p.whole_heads;
-    KeyTiles tiles(taken ? 0 : slot, taken ? 1 : gridDim.x / T::kCluster);
+    KeyTiles tiles(p.taken ? 0 : slot, p.taken ? 1 : gridDim.x / T::kCluster);
     Work work;
     for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
-      if (taken && p.taker[tiles.at() - 1] != static_cast<int>(blockIdx.x)) continue;
-      work.set(p, tile, T::kBlockM, T::kBlockN, slot);
+      if (p.taken && p.taker[tiles.at() - 1] != slot) continue;
+      work.set(p, tile, tiles.falling(), T::kBlockM, T::kBlockN, slot);
       int const key = work.key + T::first_key(consumer, rank) + warp % 4 * 16;
       if (int const redo = *redo_keys<T>(p, work, rank, warp))
         for (int j = key; j < min_of(key + 16, work.written_k); ++j)
@@ -243,12 +260,12 @@ struct Kernel {
     }
   }
 
-  FC_DEVICE static void init_barriers(Shared& sh) {
+  FC_DEVICE static void init_barriers(const BwdParams& p, Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
     for (bool& redo : sh.redo) redo = false;
     sh.k_ready.init(1);
     sh.v_ready.init(1);
-    sh.k_free.init(kConsumerWarps);
+    sh.k_free.init(kConsumerWarps + (p.turns ? T::kConsumers : 0));
     sh.v_free.init(kConsumerWarps);
     sh.peer_k_ready.init(1);
     sh.p_ready.init(4);
@@ -261,6 +278,12 @@ struct Kernel {
       sh.dout_ready[s].init(1);
       sh.free[s].init(kConsumerWarps);
     }
+    for (int c = 0; c < T::kConsumers; ++c) {
+      sh.turn[c].init(1);
+      sh.added[c].init(4);
+    }
+    sh.taken_ready.init(1);
+    sh.taken_free.init(1);
     fence_barrier_init();
   }
 };
@@ -270,7 +293,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     flash_bwd_sm90(const __grid_constant__ BwdParams p) {
   extern __shared__ __align__(1024) char smem[];
   auto& sh = *reinterpret_cast<typename T::Shared*>(smem);
-  if (threadIdx.x == 0) Kernel<T>::init_barriers(sh);
+  if (threadIdx.x == 0) Kernel<T>::init_barriers(p, sh);
   if constexpr (T::kByCluster)
     cluster_sync();
   else

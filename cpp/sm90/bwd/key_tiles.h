@@ -1,6 +1,8 @@
 // Which key tiles a block of a launch works on, one after another. Host and device, constexpr.
 #pragma once
 #include "common/types.h"
+#include "tile/block_range.h"
+#include "tile/seqlen.h"
 #include "tile/tile_scheduler.h"
 
 namespace flashcore::sm90::bwd {
@@ -11,6 +13,15 @@ FC_HD constexpr int key_tiles(P const& p, int batch, int block_n) {
   return ceil_div(
       p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch] : int{p.seqlen_k},
       block_n);
+}
+
+// The query blocks of key tile n of a sequence; none if there is no such tile.
+template <class P>
+FC_HD constexpr tile::BlockRange rows_of(P const& p, const tile::Sequence& seq, int64_t n,
+                                         int block_m, int block_n) {
+  if (n < 0) return {};
+  return tile::row_blocks(p.window, n * block_n, min_of<int64_t>((n + 1) * block_n, seq.seqlen_k),
+                          seq.q_offset, seq.seqlen_q, block_m);
 }
 
 // P: a kernel's parameters. Either the tiles of whole (batch, key head) pairs, in rising order; or
@@ -26,17 +37,18 @@ class KeyTiles {
     tile::TileScheduler s = p.scheduler;
     if (!p.cu_seqlens_k) {
       if (at_ >= s.num_tiles()) return false;
-      tile = s.tile(at_);
+      take(s, at_, false, tile);
     } else if (!find(p, block_n, s, tile)) {
       return false;
     }
-    tile.m_block = s.m_blocks - 1 - tile.m_block;
     at_ += blocks_;
     return true;
   }
 
   // Of those that are dealt out: which one next() looks at, among all. May only grow.
   FC_HD constexpr int& at() { return at_; }
+  // Whether the tiles of its head fall from the last one to the first; else they rise.
+  FC_HD constexpr bool falling() const { return falling_; }
 
  private:
   int at_;          // tile among all; of whole heads, pair of batch and key head
@@ -44,6 +56,15 @@ class KeyTiles {
   int tile_ = 0;    // of whole heads: the next key tile
   int batch_ = 0;   // of a packed batch: the sequence that the last tile was of
   int before_ = 0;  // and the tiles of those before it
+  bool falling_ = false;
+
+  // Tile `index` of the scheduler's; `turned` around if that is not the order that is wanted.
+  FC_HD constexpr void take(tile::TileScheduler const& s, int index, bool turned,
+                            tile::Tile& tile) {
+    tile = s.tile(index);
+    falling_ = s.rises(index / (s.section_pairs * s.m_blocks)) != turned;
+    if (!turned) tile.m_block = s.m_blocks - 1 - tile.m_block;
+  }
 
   template <class P>
   FC_HD constexpr bool next_of_heads(P const& p, int block_n, tile::Tile& tile) {
@@ -60,11 +81,9 @@ class KeyTiles {
     for (; batch_ < p.batch; ++batch_) {
       s.m_blocks = key_tiles(p, batch_, block_n);
       if (at_ - before_ < s.num_tiles()) {
-        tile = s.tile(at_ - before_);
-        tile.batch = batch_;
         // The wave of long and short tiles goes on from sequence to sequence.
-        if ((p.batch - 1 - batch_) * s.num_sections() % 2)
-          tile.m_block = s.m_blocks - 1 - tile.m_block;
+        take(s, at_ - before_, (p.batch - 1 - batch_) * s.num_sections() % 2 != 0, tile);
+        tile.batch = batch_;
         return true;
       }
       before_ += s.num_tiles();

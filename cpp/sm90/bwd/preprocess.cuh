@@ -12,7 +12,7 @@ template <class T>
 FC_DEVICE bool visited(const BwdParams& p, const tile::Sequence& seq, QueryBlock at) {
   bool any = false;
   for (int n = threadIdx.x; n < key_tiles(p, at.batch, T::kBlockN); n += kPreprocessThreads) {
-    tile::BlockRange const rows = Work::rows_of(p, seq, n, T::kBlockM, T::kBlockN);
+    tile::BlockRange const rows = rows_of(p, seq, n, T::kBlockM, T::kBlockN);
     any |= rows.first <= at.m && at.m < rows.last;
   }
   return __syncthreads_or(any);

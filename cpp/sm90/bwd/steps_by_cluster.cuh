@@ -51,7 +51,7 @@ struct StepsByCluster {
         at = next;
       }
       first_step<false>(c, rP, rX, rdQ, at, before);
-      put(c, at, rdQ);
+      put(c, at, rdQ, c.ring.stage ^ 1);
       pin(c.rdV);
     } else {
       ScoreTile rdP;
@@ -108,12 +108,14 @@ struct StepsByCluster {
     __syncwarp();
     if (threadIdx.x % 32 < T::kCluster) arrive_in(c.sh.ds_free[0], threadIdx.x % 32);
   }
-  FC_DEVICE static void put(const Consumer& c, Step at, DqProduct& rdQ) {
+  FC_DEVICE static void put(const Consumer& c, Step at, DqProduct& rdQ, uint32_t parity) {
     int const part = T::dq_part(kIndex, c.rank);
     auto& dq =
         reinterpret_cast<typename T::DqTile&>(rdQ[T::Dq::kept(kIndex) / 2]);  // what it keeps
+    c.wait_turn(parity);
     put_dq<T, 0>(c.p, c.work(), part, at.head, at.m,
                  dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), dq, c.sh.redo);
+    c.pass_turn();
   }
 
   // Query block m of one head, whose P is in rP; with kNext leaves the next one's there. Adds the
@@ -134,7 +136,7 @@ struct StepsByCluster {
     c.release(sh.p_ready);
     c.ring.advance();
     if constexpr (kNext) issue_s(c, rS);
-    if (before.m >= 0) put(c, before, rdQ);
+    if (before.m >= 0) put(c, before, rdQ, c.ring.stage);
     Step const next = kNext ? c.step_after(at) : at;
     wgmma_wait<kNext ? 1 : 0>();
     pin(rP);
@@ -189,7 +191,7 @@ struct StepsByCluster {
     wgmma_wait<kNext ? 1 : 0>();
     pin(rdQ);
     release_ds(c);
-    put(c, at, rdQ);
+    put(c, at, rdQ, stage);
     return next;
   }
 

@@ -58,6 +58,8 @@ struct StepsByGradient {
   FC_DEVICE static Step step(const Consumer& c, int buffer, Step at) {
     typename T::Shared& sh = c.sh;
     int const stage = c.ring.stage;
+    uint32_t const parity = c.ring.parity ^ (stage & 1);  // of the step's number: 3 stages
+    static_assert(T::kStages == 3);
     Step next = kNext && !T::kLists ? c.step_after(at) : at;
     typename T::ScoreTile rS, rdP;
     DqPanel rdQ0, rdQ1;
@@ -86,6 +88,7 @@ struct StepsByGradient {
       wgmma_wait<1>();
       pin(rdQ0);
       c.release(sh.free[stage]);
+      c.wait_turn(parity);
       put<0>(c, at, rdQ0);
       wgmma_wait<0>();
       pin(rdQ1);
@@ -96,8 +99,10 @@ struct StepsByGradient {
       pin(rdQ0);
       c.release(sh.free[stage]);
       Made::meet();
+      c.wait_turn(parity);
       put<0>(c, at, rdQ0);
     }
+    c.pass_turn();
     return next;
   }
 };

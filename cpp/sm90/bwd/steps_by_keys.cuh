@@ -43,7 +43,8 @@ struct StepsByKeys {
     pin(c.rdK);
     pin(c.rdV);
     c.release(c.sh.ds_free[c.ds.stage ^ 1]);
-    put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ);
+    put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ,
+        c.ds.stage ^ 1);
   }
 
  private:
@@ -81,10 +82,12 @@ struct StepsByKeys {
     wgmma_commit();
   }
   FC_DEVICE static void put(const Consumer& c, int head, int m, float* sums,
-                            const typename T::DqProduct& product) {
+                            const typename T::DqProduct& product, uint32_t parity) {
     typename T::DqTile dq;
     take_dq<T>(dq, product, c.index);
+    c.wait_turn(parity);
     put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, dq, c.sh.redo);
+    c.pass_turn();
   }
 
   // The step whose S^T is complete in rS, with rdP set. With kNext there is a step after it, which
@@ -135,7 +138,7 @@ struct StepsByKeys {
     pin(rdQ);
     if (!first) {
       c.release(sh.ds_free[c.ds.stage]);
-      put(c, head, m, sums, rdQ);
+      put(c, head, m, sums, rdQ, c.ds.stage);
     }
     if constexpr (kNext) {
       set_dp(c, rdP);

@@ -22,7 +22,6 @@ struct Traits {
   static constexpr int kPanelsV = ceil_div(kHeadDimV, kPanelCols);
   static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kLists = kConfig.lists;
-  static constexpr bool kTakes = kConfig.takes();
   using ListSteps = bwd::ListSteps<kConfig.block_n / kListKeys>;
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
@@ -86,10 +85,13 @@ struct Traits {
     Barrier k_ready, v_ready, k_free, v_free;
     Barrier ds_ready[kDsBuffers], ds_free[kDsBuffers], p_ready, peer_k_ready;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
+    Barrier turn[kConsumers], added[kConsumers];  // of steps; see dq_order.cuh
+    // Of tiles that are taken, in a cluster: from its first block to the other one.
+    Barrier taken_ready, taken_free;
+    int taken;
     // With block lists. Of twice as many steps as there are stages: dQ comes a step late.
     StepNote note[kLists ? 2 * kStages : 1];
     std::conditional_t<kLists, ListSteps, char> steps;
-    bool started;  // the producer has a tile; with tiles that are taken
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 

@@ -2,15 +2,14 @@
 // through shared memory, beside K: the arithmetic costs one thread's time, off the critical path.
 #pragma once
 #include "sm90/bwd/config.h"
-#include "sm90/bwd/key_tiles.h"
+#include "sm90/bwd/dq_order.h"
 #include "sm90/bwd/query_blocks.h"
 #include "sm90/ptx/barrier.cuh"
-#include "tile/block_range.h"
 #include "tile/seqlen.h"
 
 namespace flashcore::sm90::bwd {
 
-struct alignas(16) Work {
+struct alignas(16) Work : StepOrder {
   int key;  // first key, of its sequence; negative: there is no more work
   int kv_head, batch;
   int first;      // query blocks are [first, last), in every head of the group
@@ -18,15 +17,13 @@ struct alignas(16) Work {
   int last_full;  // [last_full, last) need the mask
   int last;
   int window_first, window_last;  // of endless rows, those that see `key`; moves on with the key
-  int fresh;                      // from this query block on, nothing has been added to dQ yet
-  int complete;              // below this query block, nothing will be added to dQ after this tile
-  int q_begin, k_begin;      // rows of the tensors where the sequence begins
-  int seqlen_q, seqlen_k;    // of the sequence
-  int written_q, written_k;  // rows of its gradients: padding too, which gets zeros
-  int stats;                 // of head 0: its first query block among all, of the statistics
-  int sums;                  // the same of the sums of dQ
-  int key_block;             // the tile's number among all of a key head
-  int diagonal;              // how far past `key` the key is that row 0 faces
+  int q_begin, k_begin;           // rows of the tensors where the sequence begins
+  int seqlen_q, seqlen_k;         // of the sequence
+  int written_q, written_k;       // rows of its gradients: padding too, which gets zeros
+  int stats;                      // of head 0: its first query block among all, of the statistics
+  int sums;                       // the same of the sums of dQ
+  int key_block;                  // the tile's number among all of a key head
+  int diagonal;                   // how far past `key` the key is that row 0 faces
 
   FC_DEVICE bool empty() const { return last <= first; }
   FC_DEVICE bool masked(int m) const { return m < full || m >= last_full; }
@@ -34,7 +31,9 @@ struct alignas(16) Work {
   // tile.m_block: which key tile of the sequence. Field by field, since the producer has few
   // registers.
   // slot: of the sums of dQ, where a block or a cluster has its own.
-  FC_DEVICE void set(const BwdParams& p, tile::Tile tile, int block_m, int block_n, int slot) {
+  // falling: the tiles of the head do.
+  FC_DEVICE void set(const BwdParams& p, tile::Tile tile, bool falling, int block_m, int block_n,
+                     int slot) {
     auto narrow = [](int64_t x) { return static_cast<int>(x); };
     tile::Sequence const seq = tile::sequence_of(p, tile.batch);
     int const n = tile.m_block;
@@ -56,23 +55,17 @@ struct alignas(16) Work {
     window_last = far(key - seq.q_offset + p.window.left + 1);
     asm volatile("" ::: "memory");  // all of the above is stored before the rest begins
     tile::BlockRange const rows = rows_of(p, seq, n, block_m, block_n);
-    first = fresh = narrow(rows.first);
-    last = complete = narrow(rows.last);
+    first = narrow(rows.first);
+    last = narrow(rows.last);
     full = key + block_n <= seqlen_k ? narrow(rows.first_full) : last;
     last_full = narrow(rows.last_full);
+    bool const rising = p.turns && !falling;
+    set_steps(rows, rising);
     asm volatile("" ::: "memory");
-    if (p.whole_heads) {
-      if (n > 0) {
-        tile::BlockRange const before = rows_of(p, seq, n - 1, block_m, block_n);
-        if (!before.empty()) fresh = narrow(before.last);
-      }
-      asm volatile("" ::: "memory");
-      tile::BlockRange const after = rows_of(p, seq, n + 1, block_m, block_n);
-      if (!after.empty()) complete = narrow(after.first);
-    } else {
-      fresh = last;
-      complete = first;
-    }
+    if (p.whole_heads || rising) set_fresh(rows, rows_of(p, seq, n - 1, block_m, block_n));
+    asm volatile("" ::: "memory");
+    if (p.whole_heads || (p.turns && falling))
+      set_complete(rows, rows_of(p, seq, n + 1, block_m, block_n));
   }
 
   // 16 bytes at a time, for the same reason.
@@ -81,13 +74,6 @@ struct alignas(16) Work {
     for (unsigned i = 0; i < sizeof(Work) / 16; ++i)
       reinterpret_cast<uint4*>(this)[i] = reinterpret_cast<const uint4*>(&from)[i];
     asm volatile("" ::: "memory");
-  }
-
-  // The query blocks of key tile n of a sequence; none if there is no such tile.
-  static FC_HD constexpr tile::BlockRange rows_of(const BwdParams& p, const tile::Sequence& seq,
-                                                  int64_t n, int block_m, int block_n) {
-    return tile::row_blocks(p.window, n * block_n, min_of<int64_t>((n + 1) * block_n, seq.seqlen_k),
-                            seq.q_offset, seq.seqlen_q, block_m);
   }
 
   // Within what an int holds with room to spare; dispatch refuses sequences that long.

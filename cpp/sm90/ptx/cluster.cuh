@@ -40,4 +40,12 @@ FC_DEVICE void copy_to(uint32_t rank, void* to, const void* from, uint32_t bytes
       : "memory");
 }
 
+// One word -> shared memory of block `rank`, where `to` and `barrier` are here.
+FC_DEVICE void store_to(uint32_t rank, int& to, int value, Barrier& barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in(smem_address(&to), rank)),
+               "r"(value), "r"(address_in(smem_address(&barrier), rank))
+               : "memory");
+}
+
 }  // namespace flashcore::sm90

@@ -49,7 +49,8 @@ struct Op {
   int barrier = -1, buffer = -1;
   uint32_t parity = 0;
   int value = -1;  // what is loaded or written, or must be found
-  int from = -1;   // what a copy reads until it lands; the barrier must expect it, now or later
+  int from = -1;   // what a copy reads until it lands, or a register; the barrier must expect it,
+                   // now or later
 };
 using Program = std::vector<Op>;
 
@@ -116,8 +117,10 @@ struct Machine {
           barriers[op.barrier].expect();
           break;
         case Op::copy:
-          CHECK_EQ(buffers[op.from].holds, op.value);
-          ++buffers[op.from].readers;
+          if (op.from >= 0) {
+            CHECK_EQ(buffers[op.from].holds, op.value);
+            ++buffers[op.from].readers;
+          }
           in_flight.push_back({op.barrier, op.buffer, op.value, op.from});
           break;
       }

@@ -164,10 +164,15 @@ TEST("long and short tiles alternate from sequence to sequence, and the last one
   p.cu_seqlens_q = p.cu_seqlens_k = cu.data();
   p.scheduler = {0, 1, 1, 1};
   std::vector<int> order;
+  std::vector<bool> falling;
   KeyTiles tiles(0, 1);
-  for (tile::Tile t; tiles.next(p, 128, t);) order.push_back(t.m_block);
+  for (tile::Tile t; tiles.next(p, 128, t);) {
+    order.push_back(t.m_block);
+    if (t.m_block == 0) falling.push_back(tiles.falling());
+  }
   // Under a causal mask the first key tile is the longest.
   CHECK(order == (std::vector<int>{0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3}));
+  CHECK(falling == (std::vector<bool>{false, true, false}));
 }
 
 namespace {

@@ -1,5 +1,6 @@
 // The barrier protocol of the Hopper backward kernel whose blocks work in pairs, as in
-// cpp/sm90/bwd: kernel.cuh, steps_by_cluster.cuh.
+// cpp/sm90/bwd: kernel.cuh, steps_by_cluster.cuh; and dq_order.cuh, whose turns always come at last
+// (test_dq_order.cpp).
 #include <initializer_list>
 
 #include "protocol.h"
@@ -24,36 +25,49 @@ struct Pair : Machine {
     ds_ready,
     ds_free,
     met,  // the four warps of the second consumer
-    stages,
+    taken_ready,
+    taken_free,
+    turn,              // of the first consumer; that of the second one follows
+    added = turn + 2,  // the same
+    stages = added + 2,
     kBarriers = stages + 3 * kStages
   };
   static constexpr int q_ready(int s) { return stages + s; }
   static constexpr int dout_ready(int s) { return stages + kStages + s; }
   static constexpr int free_(int s) { return stages + 2 * kStages + s; }
-  enum BufferId { k, v, peer_k, work, tiles, kBuffers = tiles + 2 * kStages + 8 };
+  enum BufferId { k, v, peer_k, work, taken, tiles, kBuffers = tiles + 2 * kStages + 18 };
   static constexpr int q(int s) { return tiles + s; }
   static constexpr int dout(int s) { return tiles + kStages + s; }
   // A warp's part of dS, in whose place its part of P lies at first; and of the other block's. The
   // kernel copies the parts as one.
   static constexpr int ds(int warp) { return tiles + 2 * kStages + warp % 4; }
   static constexpr int peer_ds(int warp) { return ds(warp) + 4; }
+  // Whose turn it is, as the consumers are told; and what a warp has added to dQ.
+  static constexpr int told(int consumer) { return tiles + 2 * kStages + 8 + consumer; }
+  static constexpr int dq(int warp) { return told(2) + warp; }
 
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
-  explicit Pair(const std::vector<int>& steps) {
+  // ordered: tiles are taken, and dQ is added to in a fixed order.
+  Pair(const std::vector<int>& steps, bool ordered) {
     for (int block = 0; block < 2; ++block)
       for (int b = 0; b < kBarriers; ++b) {
         bool const free = b == k_free || b == v_free || b >= free_(0);
-        barriers.emplace_back(free                                        ? kWarps
+        barriers.emplace_back(b == k_free && ordered                      ? kWarps + 2
+                              : free                                      ? kWarps
                               : b == ds_free                              ? 2 * kWarps
                               : b == p_ready || b == met || b == ds_ready ? 4
+                              : b == added || b == added + 1              ? 4
                                                                           : 1);
       }
     buffers.resize(2 * kBuffers);
     for (int block = 0; block < 2; ++block) {
-      programs.push_back(Producer{block, {}}.program(steps));
-      for (int w = 0; w < kWarps; ++w) programs.push_back(Warp{block, w, {}, {}}.program(steps));
+      programs.push_back(Producer{{block, {}}, ordered}.program(steps));
+      for (int w = 0; w < kWarps; ++w)
+        programs.push_back(Warp{{block, {}}, w, ordered}.program(steps));
     }
+    for (int keeper = 0; ordered && keeper < 4; ++keeper)
+      programs.push_back(Keeper{{keeper / 2, {}}, keeper % 2}.program(steps));
   }
 
   // Whoever works in a block names its barriers and buffers as if there were no other.
@@ -81,10 +95,26 @@ struct Pair : Machine {
   };
 
   struct Producer : Actor {
+    bool ordered;
+
+    // The first block tells the other one.
+    void take(int t, uint32_t parity) {
+      if (block == 0) {
+        wait(taken_free, parity);
+        out.push_back({Op::copy, kBarriers + taken_ready, kBuffers + taken, 0, t});
+      } else {
+        out.push_back({Op::expect, barrier(taken_ready)});
+        wait(taken_ready, parity ^ 1);
+        read(taken, t);
+        out.push_back({Op::arrive, taken_free});
+      }
+    }
+
     Program program(const std::vector<int>& steps) {
       auto ring = Ring<kStages>::producer();
       uint32_t parity = 1;
       for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
+        if (ordered) take(t, parity);
         wait(k_free, parity);
         write(work, t);
         if (steps[t] == 0) {
@@ -104,6 +134,7 @@ struct Pair : Machine {
           load(dout_ready(ring.stage), dout(ring.stage), value(t, i, 3));
         }
       }
+      if (ordered) take(kNoWork, parity);
       wait(k_free, parity);
       write(work, kNoWork);
       arrive(k_ready);
@@ -111,13 +142,34 @@ struct Pair : Machine {
     }
   };
 
+  // Of the order, for one consumer.
+  struct Keeper : Actor {
+    int consumer;
+
+    Program program(const std::vector<int>& steps) {
+      uint32_t parity = 0, parity_of_step = 0;
+      for (int t = 0;; ++t, parity ^= 1) {
+        bool const last = t == static_cast<int>(steps.size());
+        wait(k_ready, parity);
+        read(work, last ? kNoWork : t);
+        if (last) return out;
+        arrive(k_free);
+        for (int i = 0; i < steps[t]; ++i, parity_of_step ^= 1) {
+          write(told(consumer), value(t, i, 7));
+          arrive(turn + consumer);
+          wait(added + consumer, parity_of_step);
+          for (int w = 0; w < 4; ++w) read(dq(4 * consumer + w), value(t, i, 7));
+        }
+      }
+    }
+  };
+
   // Products read from when they are issued until they are waited for.
   struct Warp : Actor {
     int index;
+    bool ordered;
     Ring<kStages> ring = Ring<kStages>::consumer();
     uint32_t meetings = 0;
-
-    Warp(int block, int index, Program, Ring<kStages>) : Actor{block, {}}, index(index) {}
 
     Program program(const std::vector<int>& steps) {
       uint32_t parity = 0;
@@ -172,6 +224,15 @@ struct Pair : Machine {
       arrive_in_both(ds_free);
     }
 
+    // Adds dQ of step i of tile t.
+    void add(int t, int i, uint32_t parity) {
+      if (!ordered) return;
+      wait(turn + index / 4, parity);
+      read(told(index / 4), value(t, i, 7));
+      write(dq(index), value(t, i, 7));
+      arrive(added + index / 4);
+    }
+
     void first(int t, int steps) {
       issue_s(t, 0);
       end_s(ring.stage);
@@ -184,12 +245,14 @@ struct Pair : Machine {
         arrive(p_ready);
         ring.advance();
         if (i + 1 < steps) issue_s(t, i + 1);
+        if (i > 0) add(t, i - 1, static_cast<uint32_t>(ring.stage));
         end(dout(stage));
         arrive(free_(stage));
         if (i + 1 < steps) end_s(ring.stage);
         issue_dq(t, i, stage);
         end_dq();
       }
+      add(t, steps - 1, static_cast<uint32_t>(ring.stage ^ 1));
     }
 
     void second(int t, int steps, uint32_t parity) {
@@ -215,6 +278,7 @@ struct Pair : Machine {
         end(q(stage));
         arrive(free_(stage));
         end_dq();
+        add(t, i, static_cast<uint32_t>(stage));
       }
     }
   };
@@ -227,7 +291,7 @@ TEST("no order of events of two blocks deadlocks, overwrites or reads stale data
   for (int trial = 0; trial < 60; ++trial) {
     std::vector<int> steps(std::uniform_int_distribution<int>(1, 4)(random));
     for (int& n : steps) n = std::uniform_int_distribution<int>(0, 5)(random);
-    Pair machine(steps);
+    Pair machine(steps, trial % 2);
     CHECK(machine.run(random));
   }
 }
@@ -236,7 +300,7 @@ TEST("the model notices dS that is overwritten before the other block is past it
   std::mt19937 random(2);
   CHECK(caught(
       [] {
-        Pair machine({30});
+        Pair machine({30}, false);
         for (Barrier& b : machine.barriers)
           if (b.count == 2 * kWarps) b = Barrier(kWarps);
         for (size_t a = 0; a < machine.programs.size(); ++a) {

@@ -1,0 +1,46 @@
+// In which order key tiles add to dQ, where the order is fixed. Host and device, constexpr.
+//
+// The order is that in which tiles are dealt or taken: in one head they fall from the last one to
+// the first, or rise. Those that visit a query block follow one another without a gap, so each
+// passes its turn there on to its neighbour, and is the first one where the one before it does not
+// come.
+//
+// If they fall, a tile's steps rise, and the other way round. Then, with a mask that cuts off
+// later keys, falling tiles meet on their own: each begins with query blocks that are new, and
+// comes to those of the one before it when that is past them. Tiles that rise all begin with the
+// last query block, each a step behind the one before it.
+#pragma once
+#include "sm90/bwd/key_tiles.h"
+
+namespace flashcore::sm90::bwd {
+
+// Of the steps of one key tile, in every head of the group.
+struct StepOrder {
+  int begin, end, stride;  // query blocks begin, begin + stride, ..., without end; stride 1 or -1
+  // Of whole heads: from `fresh` on nothing has been added to dQ yet; below `complete` nothing will
+  // be after this tile. With a fixed order: in [complete, fresh) the tile before this one adds.
+  int fresh, complete;
+
+  // rows: what the tile visits; reversed: with a fixed order, the tiles of the head rise.
+  FC_HD constexpr void set_steps(tile::BlockRange const& rows, bool reversed) {
+    int const first = static_cast<int>(rows.first), last = static_cast<int>(rows.last);
+    stride = reversed ? -1 : 1;
+    begin = reversed ? last - 1 : first;
+    end = reversed ? first - 1 : last;
+    fresh = last;
+    complete = first;
+  }
+  // before: what the tile one before in the sequence visits; after: one after.
+  FC_HD constexpr void set_fresh(tile::BlockRange const& rows, tile::BlockRange const& before) {
+    fresh = static_cast<int>(before.empty() ? rows.first : before.last);
+  }
+  FC_HD constexpr void set_complete(tile::BlockRange const& rows, tile::BlockRange const& after) {
+    complete = static_cast<int>(after.empty() ? rows.last : after.first);
+  }
+
+  FC_HD constexpr bool waits(int m) const { return m >= complete && m < fresh; }
+  // The tile that adds after tile n, where it visits.
+  FC_HD constexpr int next(int n) const { return n - stride; }
+};
+
+}  // namespace flashcore::sm90::bwd

@@ -1,0 +1,18 @@
+// Global memory between blocks of threads.
+#pragma once
+#include "sm90/ptx/barrier.cuh"
+
+namespace flashcore::sm90 {
+
+// What other blocks wrote before they stored the value that is read can be read after it.
+FC_DEVICE int load_acquire(const int* from) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+// Who reads the value sees what this thread wrote before, and what it has seen others write.
+FC_DEVICE void store_release(int* to, int x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,209 @@
+// The fixed order of dQ: key tiles that are taken in turn and wait for one another neither hang nor
+// add in another order, whoever takes them and however long it takes. No GPU.
+#include <map>
+#include <random>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "sm90/bwd/dq_order.h"
+#include "sm90/bwd/query_blocks.h"
+
+using namespace flashcore;
+using namespace flashcore::sm90::bwd;
+
+namespace {
+
+// What the functions read of a kernel's parameters.
+struct Params {
+  int batch = 1, seqlen_q = 0, seqlen_k = 0;
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  const int32_t *seqlens_q = nullptr, *seqlens_k = nullptr;
+  bool top_left = false, has_q_offset = false;
+  int64_t q_offset = 0;
+  const int32_t* q_offset_tensor = nullptr;
+  tile::Window window;
+  bool whole_heads = false;
+  int pairs = 0;
+  tile::TileScheduler scheduler;
+};
+
+struct Problem {
+  Params p;
+  int group, block_m, block_n;
+  bool packed = false;
+  // Or where sequences begin. None: all are of one length.
+  std::vector<int32_t> lengths_q = {}, lengths_k = {};
+
+  Params params() const {
+    Params to = p;
+    if (lengths_q.empty()) return to;
+    (packed ? to.cu_seqlens_q : to.seqlens_q) = lengths_q.data();
+    (packed ? to.cu_seqlens_k : to.seqlens_k) = lengths_k.data();
+    return to;
+  }
+};
+
+using Place = std::tuple<int, int, int>;  // batch, head, query block of the sequence
+using Order = std::map<Place, std::vector<int>>;
+
+Problem random_problem(std::mt19937& random) {
+  auto const any = [&](int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+  };
+  Problem x{{}, any(1, 3), any(0, 1) ? 64 : 128, any(0, 1) ? 64 : 128};
+  Params& p = x.p;
+  p.batch = any(1, 3);
+  p.seqlen_q = any(1, 900);
+  p.seqlen_k = any(1, 900);
+  if (any(0, 3)) p.window.right = any(0, 2) ? 0 : any(0, 200);
+  if (any(0, 2) == 0) p.window.left = any(0, 300);
+  p.top_left = any(0, 1);
+  if (any(0, 3) == 0) {
+    p.has_q_offset = true;
+    p.q_offset = any(-300, 600);
+  }
+  int const kind = any(0, 2);
+  x.packed = kind == 2;
+  for (int b = 0; kind > 0 && b < p.batch; ++b) {
+    x.lengths_q.push_back(any(0, p.seqlen_q));
+    x.lengths_k.push_back(any(0, p.seqlen_k));
+  }
+  if (x.packed)
+    for (std::vector<int32_t>* lengths : {&x.lengths_q, &x.lengths_k}) {
+      lengths->insert(lengths->begin(), 0);
+      for (size_t i = 1; i < lengths->size(); ++i) (*lengths)[i] += (*lengths)[i - 1];
+    }
+  int const heads = any(1, 4);
+  p.pairs = p.batch * heads;
+  int const pairs = x.packed ? heads : p.pairs;
+  p.scheduler = {ceil_div(p.seqlen_k, x.block_n), heads, pairs, any(1, pairs)};
+  return x;
+}
+
+struct Step {
+  Place at;
+  bool waits;
+};
+struct Tile {
+  int n, next;
+  std::vector<Step> steps;
+};
+
+// The steps of all tiles, in the order in which they are taken. backwards: each waits for the wrong
+// neighbour.
+std::vector<Tile> tiles_of(Problem const& x, bool backwards) {
+  Params const p = x.params();
+  std::vector<Tile> tiles;
+  KeyTiles taken(0, 1);
+  for (tile::Tile t; taken.next(p, x.block_n, t);) {
+    tile::Sequence const seq = tile::sequence_of(p, t.batch);
+    auto const rows = [&](int n) { return rows_of(p, seq, n, x.block_m, x.block_n); };
+    int const n = t.m_block;
+    bool const rising = taken.falling() == backwards;
+    StepOrder order;
+    order.set_steps(rows(n), rising);
+    if (rising)
+      order.set_fresh(rows(n), rows(n - 1));
+    else
+      order.set_complete(rows(n), rows(n + 1));
+    Tile tile{n, order.next(n), {}};
+    if (!rows(n).empty())
+      for (int m = order.begin; m != order.end; m += order.stride)
+        for (int head = t.head * x.group; head < (t.head + 1) * x.group; ++head)
+          tile.steps.push_back({{t.batch, head, m}, order.waits(m)});
+    tiles.push_back(tile);
+  }
+  return tiles;
+}
+
+// Blocks take tiles and add, in a random order of events. False if they hang.
+bool run(std::vector<Tile> const& tiles, int blocks, std::mt19937& random, Order& order) {
+  struct Block {
+    int tile = -1;
+    size_t step = 0;
+  };
+  std::vector<Block> at(static_cast<size_t>(blocks));
+  std::map<Place, int> turns;
+  int taken = 0;
+  int const all = static_cast<int>(tiles.size());
+  for (;;) {
+    std::vector<Block*> movable;
+    bool done = true;
+    for (Block& b : at) {
+      if (b.tile < 0 && taken == all) continue;
+      done = false;
+      if (b.tile >= 0 && b.step < tiles[b.tile].steps.size()) {
+        Step const& s = tiles[b.tile].steps[b.step];
+        auto const turn = turns.find(s.at);
+        if (s.waits && (turn == turns.end() || turn->second != tiles[b.tile].n)) continue;
+      }
+      movable.push_back(&b);
+    }
+    if (done) return true;
+    if (movable.empty()) return false;
+    Block& b = *movable[random() % movable.size()];
+    if (b.tile >= 0 && b.step < tiles[b.tile].steps.size()) {
+      Step const& s = tiles[b.tile].steps[b.step++];
+      order[s.at].push_back(tiles[b.tile].n);
+      turns[s.at] = tiles[b.tile].next;
+    } else {
+      b = {taken < all ? taken++ : -1, 0};
+    }
+  }
+}
+
+}  // namespace
+
+TEST("every query block is added to by the tiles that visit it, in the order of the tiles") {
+  std::mt19937 random(1);
+  for (int trial = 0; trial < 600; ++trial) {
+    auto const tiles = tiles_of(random_problem(random), false);
+    Order expected;
+    for (Tile const& t : tiles)
+      for (Step const& s : t.steps) {
+        CHECK_EQ(s.waits, !expected[s.at].empty());
+        expected[s.at].push_back(t.n);
+      }
+    for (int blocks : {1, 2, 3, 7, 40}) {
+      Order order;
+      CHECK(run(tiles, blocks, random, order));
+      CHECK(order == expected);
+    }
+  }
+}
+
+TEST("the model notices tiles that wait for those that are taken after them") {
+  std::mt19937 random(2);
+  int hung = 0;
+  for (int trial = 0; trial < 100; ++trial) {
+    auto const tiles = tiles_of(random_problem(random), true);
+    Order order;
+    hung += !run(tiles, 2, random, order);
+  }
+  CHECK(hung > 20);
+}
+
+TEST(
+    "under a causal mask, all begun at once, falling tiles never wait and rising ones a step "
+    "each") {
+  for (int block_m : {64, 128})
+    for (int group : {1, 3}) {
+      Problem x{{}, group, block_m, 128};
+      x.p.seqlen_q = x.p.seqlen_k = 2048;
+      x.p.window.right = 0;
+      x.p.pairs = 2;
+      x.p.scheduler = {16, 2, 2, 1};  // the first of two sections rises, so key tiles fall
+      std::map<Place, size_t> added;  // in which of its steps the tile before did
+      for (Tile const& t : tiles_of(x, false)) {
+        bool const falling = std::get<1>(t.steps[0].at) < group;
+        for (size_t i = 0; i < t.steps.size(); ++i) {
+          if (t.steps[i].waits && falling) CHECK(added.at(t.steps[i].at) < i);
+          if (t.steps[i].waits && !falling) CHECK_EQ(added.at(t.steps[i].at), i);
+          added[t.steps[i].at] = i;
+        }
+      }
+    }
+}
+
+TEST_MAIN()
