@@ -1,4 +1,4 @@
-"""python -m benchmarks {cpu,gpu,sparse,host,demo} [options]"""
+"""python -m benchmarks {cpu,gpu,sparse,approximate,host,demo} [options]"""
 
 import argparse
 import importlib
@@ -6,6 +6,7 @@ import importlib
 COMMANDS = {
     "cpu": "flashcore beside the CPU libraries, forward and backward",
     "gpu": "flashcore beside cuDNN and FlashAttention on a CUDA device",
+    "approximate": "block masks beside approximate methods, over length",
     "sparse": "block masks beside the dense kernels and FlexAttention on a CUDA device",
     "host": "what a call costs besides the work itself",
     "demo": "exact attention against standard attention over growing N",

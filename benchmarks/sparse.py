@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from math import log
 from pathlib import Path
 from statistics import median
@@ -164,12 +165,21 @@ def flex(s: Sparse, x: Inputs, kept: Any, direction: str) -> Call:
         BLOCK_SIZE=s.block,
         seq_lengths=(s.problem.seqlen_q, s.problem.seqlen_k),
     )
-    compiled = torch.compile(module.flex_attention)
+    compiled = compiled_flex(s.problem, s.block)
 
     def function(q: Any, k: Any, v: Any) -> Any:
         return compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
 
     return torch_function(function, x, direction)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex(problem: Problem, block: int) -> Any:
+    """For one problem, whatever blocks are kept: compiling takes seconds."""
+    torch = need("torch")
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    torch._dynamo.reset()  # else the cells share one kernel, with shapes it does not know
+    return torch.compile(module.flex_attention)
 
 
 PEERS = {"flashcore": flashcore_sparse, "dense": dense, "flex": flex}

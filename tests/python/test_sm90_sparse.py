@@ -304,6 +304,38 @@ def test_poison_in_excluded_blocks_reaches_no_gradient(d, block, fixed, which, p
         torch.testing.assert_close(x, want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("q_offset", [-50, 0, 40, 1000, (64, -7)], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (90, 30)}], ids=str)
+def test_gradients_where_the_diagonal_is_moved(d, block, q_offset, options):
+    check_backward(BASE.but(d=d, blocks=(block, block), q_offset=q_offset, **options))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("d", KERNELS)
+def test_poison_past_the_diagonal_reaches_no_gradient(d, block, fixed, which, poison):
+    """One query or key: in blocks that are kept it meets others on the far side of the diagonal."""
+    n = 6 * block
+    kept = np.random.default_rng(d).random((6, 6)) < 0.6
+    kept[np.arange(6), np.arange(6)] = True
+    bad = n // 2 + 5
+    case = Case("poison", dtype="bf16", b=1, q=n, k=n, h=(4, 2), d=d, causal=True)
+    call = Call(case, block_mask=of_blocks(kept, (block, block)))
+    clean = call.run(deterministic=True)
+    call.poison(which, (slice(None), bad), poison)
+    got = call.run(deterministic=fixed)
+    sees = kept.repeat(block, 0).repeat(block, 1) & np.tri(n, dtype=bool)
+    others = np.arange(n) != bad
+    rows, keys = (others, ~sees[bad]) if which == "q" else (~sees[:, bad], others)
+    for name, which_rows in (("dq", rows), ("dk", keys), ("dv", keys)):
+        x, want = (getattr(g, name)[:, torch.as_tensor(which_rows)].float() for g in (got, clean))
+        torch.testing.assert_close(x, want, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_gradients_of_more_tiles_than_multiprocessors(d, options):

@@ -125,6 +125,7 @@ struct BwdParams {
   tile::BlockLists kept_queries;  // of each key block, in query blocks of the kernel
   tile::BlockLists kept_keys;     // of each query block, in keys: for repair.cuh
   int mask_block_q;               // rows in a block of the mask
+  const int* order;               // [batch][key head][place]: see order.h. Null: as they come
 };
 
 // After preprocess: dsinks from its statistics.

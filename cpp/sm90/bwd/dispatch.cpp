@@ -9,6 +9,7 @@
 #include "sm90/bwd/config.h"
 #include "sm90/bwd/list_steps.h"
 #include "sm90/bwd/query_blocks.h"
+#include "sm90/order.h"
 #include "sm90/tensor_map.h"
 #include "tile/block_range.h"
 
@@ -127,11 +128,12 @@ struct Division {
   bool ordered;             // tiles add to dQ in a fixed order
   bool sums_added;          // to zeros, by any tile
   bool cut;                 // a mask cuts blocks
+  bool sorted;              // tiles, by the lengths of lists
   bool block_slots;         // sums of dQ for the heads in the making alone, not for all
   int64_t slot_blocks;      // query blocks of such sums
   int64_t head_key_blocks;  // key tiles of a key head
   // Offsets in bytes; the sums of dQ come first.
-  int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, turns, bytes;
+  int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, turns, order, bytes;
 
   // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
   // no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
@@ -174,7 +176,11 @@ struct Division {
     redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
     taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
     turns = taken + (ordered || (c.lists && !whole_heads) ? (1 + tiles) * 4 : 0);
-    bytes = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster * 4 : 0);
+    order = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster * 4 : 0);
+    // In rising order with whole heads; how many tiles a packed sequence has, the device alone
+    // knows.
+    sorted = c.lists && !whole_heads && !p.cu_seqlens_k;
+    bytes = order + (sorted ? tiles * 4 : 0);
   }
 };
 
@@ -260,9 +266,12 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     params.taken = reinterpret_cast<int*>(part(d.taken));
     params.taker = params.taken + 1;
     if (d.ordered) params.turns = reinterpret_cast<int*>(part(d.turns));
-    cuda::check(cudaMemsetAsync(params.taken, 0xff, static_cast<size_t>(d.bytes - d.taken),
-                                static_cast<cudaStream_t>(stream)),
-                "flash_bwd_sm90: clearing the counter of tiles");
+    if (d.sorted)
+      params.order = reinterpret_cast<int*>(part(d.order));  // whoever sorts clears
+    else
+      cuda::check(cudaMemsetAsync(params.taken, 0xff, static_cast<size_t>(d.order - d.taken),
+                                  static_cast<cudaStream_t>(stream)),
+                  "flash_bwd_sm90: clearing the counter of tiles");
   }
   params.head_key_blocks = static_cast<int>(d.head_key_blocks);
   params.head_blocks = static_cast<int>(d.head_blocks);
@@ -303,13 +312,13 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.whole_heads = d.whole_heads;
   params.pairs = static_cast<int>(d.pairs);
   // With no mask, tiles of one head side by side: they read the same queries at the same time. With
-  // one, their costs differ, and what counts is that every block is dealt its share. Tiles that
-  // wait for one another are far apart, too: those that run at the same time are then few of each
-  // head.
+  // one, their costs differ, and what counts is that every block is dealt its share. With lists
+  // too; then the host does not know what tiles cost. Tiles that wait for one another are far
+  // apart, too: those that run at the same time are then few of each head.
   bool const packed = p.cu_seqlens_k != nullptr;
   int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
   params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv), pairs, 1};
-  if ((!p.window.open() || d.ordered) && !d.whole_heads && d.tiles > 0) {
+  if ((!p.window.open() || c.lists || d.ordered) && !d.whole_heads && d.tiles > 0) {
     // The caller's bounds of packed lengths must not change the order of a sum.
     bool const mean = packed && d.ordered;
     int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
@@ -330,7 +339,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     // The search takes tens of microseconds, the rest of a call two.
     thread_local Memo<int, 11> known;
     params.scheduler.section_pairs =
-        packed || d.ordered
+        packed || c.lists || d.ordered
             ? largest
             : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
                          p.window.right, q_offset, pairs, largest, params.group, d.clusters},
@@ -339,6 +348,17 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                                                         cost);
                         });
   }
+  if (d.sorted)
+    order_tiles({.lists = params.kept_queries,
+                 .pairs = pairs,
+                 .heads = params.scheduler.heads,
+                 .group = params.group,
+                 .tiles = params.scheduler.m_blocks,
+                 .halves = c.block_n / kListKeys,
+                 .falling = true,
+                 .order = reinterpret_cast<int*>(part(d.order)),
+                 .taken = params.taken},
+                static_cast<cudaStream_t>(stream));
   instance.launch(params, d.clusters * c.cluster, p.device_id, static_cast<cudaStream_t>(stream));
   if (p.dsinks) launch_dsinks(params, c.block_m, static_cast<cudaStream_t>(stream));
 }

@@ -36,38 +36,36 @@ struct Kernel {
   FC_DEVICE static void produce(const BwdParams& p, Shared& sh) {
     release_registers<T::kProducerRegs>();
     if (!elect_one()) return;
-    if (int const warp = threadIdx.x / 32) {
-      if (!T::kLists && p.turns && warp <= T::kConsumers)
+    int const warp = threadIdx.x / 32;
+    if (warp > 0 && !T::kLists) {
+      if (p.turns && warp <= T::kConsumers)
         keep_order<T>(p, sh, warp - 1, T::kByCluster ? cluster_rank() : 0);
       return;
     }
+    if (warp > 1) return;
     prefetch_tensor_map(p.q.boxes);
     prefetch_tensor_map(p.k.boxes);
     prefetch_tensor_map(p.v.boxes);
     prefetch_tensor_map(p.dout.boxes);
     wait_for_kernel_before();  // so consumers do, too: they begin with what is fetched after it
+    if constexpr (T::kLists)
+      if (warp == 1) return find(p, sh);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
     uint32_t parity = 1;
-    sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
+    if constexpr (!T::kLists)
+      sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
     for (;;) {
       // Worked out before the wait, and kept where it takes no registers.
-      tile::Tile tile;
-      if (next_tile(p, sh, tile, parity))
-        sh.next.set(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
+      if constexpr (T::kLists)
+        sh.next_ready.wait(parity ^ 1);
       else
-        sh.next.key = -1;
-      if constexpr (T::kLists) {
-        if (sh.next.key >= 0) {
-          StepNote note;
-          sh.steps = typename T::ListSteps(p, sh.next);
-          if (!sh.steps.next(p, sh.next, note)) sh.next.last = sh.next.first;  // nothing is kept
-        }
-      }
+        find_next(p, sh, parity);
       sh.k_free.wait(parity);
-      sh.work.take(sh.next);
+      copy(sh.work, sh.next);
       if (sh.work.key < 0) break;
       if (sh.work.empty()) {
+        if constexpr (T::kLists) sh.next_free.arrive();
         sh.v_free.wait(parity);
         sh.k_ready.arrive();
         sh.v_ready.arrive();
@@ -81,6 +79,33 @@ struct Kernel {
     let_next_kernel_begin();
   }
 
+  // With block lists: what comes next takes a chain of loads from memory, and is found out by a
+  // thread that has nothing else to do, while the producer is at the tile before.
+  FC_DEVICE static void find(const BwdParams& p, Shared& sh) {
+    sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
+    uint32_t parity = 1;
+    do {
+      sh.next_free.wait(parity);
+      find_next(p, sh, parity);
+      parity ^= 1;
+      asm volatile("" ::: "memory");  // all of it lies in shared memory: there are few registers
+      if (sh.next.key >= 0) {
+        sh.next_steps = typename T::ListSteps(p, sh.next);
+        if (!sh.next_steps.next(p, sh.next, sh.next_note))
+          sh.next.last = sh.next.first;  // nothing is kept
+      }
+      sh.next_ready.arrive();
+    } while (sh.next.key >= 0);
+  }
+
+  FC_DEVICE static void find_next(const BwdParams& p, Shared& sh, uint32_t parity) {
+    tile::Tile tile;
+    if (next_tile(p, sh, tile, parity))
+      sh.next.set(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
+    else
+      sh.next.key = -1;
+  }
+
   // Where tiles are of any length, and nobody knows it beforehand, or where they wait for one
   // another, whoever is done takes the next one, from a counter in memory.
   FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile,
@@ -90,6 +115,7 @@ struct Kernel {
     sh.tiles.at() = index;
     if (!sh.tiles.next(p, T::kBlockN, tile)) return false;
     p.taker[index] = static_cast<int>(blockIdx.x / T::kCluster);
+    in_order(p, tile);
     return true;
   }
   // In a cluster the first block does, and tells the other one.
@@ -107,6 +133,12 @@ struct Kernel {
       store_to(1, sh.taken, index, sh.taken_ready);
     }
     return index;
+  }
+  // The longest lists come first.
+  FC_DEVICE static void in_order(const BwdParams& p, tile::Tile& tile) {
+    if (!T::kLists || !p.order) return;
+    int const pair = tile.batch * p.scheduler.heads + tile.head;
+    tile.m_block = p.order[pair * p.scheduler.m_blocks + tile.m_block];
   }
 
   // K, V and the query blocks in the order in which they are used.
@@ -140,9 +172,10 @@ struct Kernel {
       ring.advance();
     };
     if constexpr (T::kLists) {
-      sh.steps = typename T::ListSteps(p, work);
-      StepNote note, next;
-      for (bool more = sh.steps.next(p, work, next); more;) {
+      copy(sh.steps, sh.next_steps);
+      StepNote note, next = sh.next_note;
+      sh.next_free.arrive();
+      for (bool more = true; more;) {
         note = next;
         more = sh.steps.next(p, work, next);  // found out while the stage is still in use
         note.last = !more;
@@ -243,6 +276,7 @@ struct Kernel {
     Work work;
     for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
       if (p.taken && p.taker[tiles.at() - 1] != slot) continue;
+      in_order(p, tile);
       work.set(p, tile, tiles.falling(), T::kBlockM, T::kBlockN, slot);
       int const key = work.key + T::first_key(consumer, rank) + warp % 4 * 16;
       if (int const redo = *redo_keys<T>(p, work, rank, warp))
@@ -270,6 +304,8 @@ struct Kernel {
     sh.k_free.init(kConsumerWarps + (p.turns ? T::kConsumers : 0));
     sh.v_free.init(kConsumerWarps);
     sh.peer_k_ready.init(1);
+    sh.next_ready.init(1);
+    sh.next_free.init(1);
     sh.p_ready.init(4);
     for (int s = 0; s < T::kDsBuffers; ++s) {
       sh.ds_ready[s].init(T::kByCluster ? 1 : kConsumerWarps);

@@ -6,28 +6,9 @@
 #include "sm90/bwd/kernel.cuh"
 #include "sm90/bwd/postprocess.cuh"
 #include "sm90/bwd/preprocess.cuh"
+#include "sm90/launch.h"
 
 namespace flashcore::sm90::bwd {
-
-// In clusters of `cluster` blocks. early: may begin while the kernel before, which must be one of
-// ours, is ending.
-inline cudaError_t launch_kernel(void (*kernel)(BwdParams), const BwdParams& params, int blocks,
-                                 int threads, int shared_bytes, int cluster, bool early,
-                                 cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = early;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(blocks), 1, 1};
-  config.blockDim = {static_cast<unsigned>(threads), 1, 1};
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
 
 template <BwdConfig kConfig>
 void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream) {

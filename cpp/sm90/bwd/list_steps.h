@@ -21,7 +21,7 @@ struct alignas(16) StepNote {
 
 // kHalves: of a tile, in 64 keys. P: a kernel's parameters. W: the Work of the tile.
 template <int kHalves>
-class ListSteps {
+class alignas(16) ListSteps {
  public:
   template <class P, class W>
   FC_HD constexpr ListSteps(P const& p, W const& work) : head_(work.kv_head * p.group - 1) {}

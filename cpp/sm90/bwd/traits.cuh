@@ -95,7 +95,9 @@ struct Traits {
     int taken;
     // With block lists. Of twice as many steps as there are stages: dQ comes a step late.
     StepNote note[kLists ? 2 * kStages : 1];
-    std::conditional_t<kLists, ListSteps, char> steps;
+    std::conditional_t<kLists, ListSteps, char> steps, next_steps;
+    StepNote next_note;  // the first of `next`, whose others are next_steps
+    Barrier next_ready, next_free;
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 

@@ -9,6 +9,16 @@
 
 namespace flashcore::sm90::bwd {
 
+// From shared memory to shared memory, 16 bytes at a time: the producer has few registers.
+template <class X>
+FC_DEVICE void copy(X& to, const X& from) {
+  static_assert(alignof(X) % 16 == 0);
+#pragma unroll 1
+  for (unsigned i = 0; i < sizeof(X) / 16; ++i)
+    reinterpret_cast<uint4*>(&to)[i] = reinterpret_cast<const uint4*>(&from)[i];
+  asm volatile("" ::: "memory");
+}
+
 struct alignas(16) Work : StepOrder {
   int key;  // first key, of its sequence; negative: there is no more work
   int kv_head, batch;
@@ -66,14 +76,6 @@ struct alignas(16) Work : StepOrder {
     asm volatile("" ::: "memory");
     if (p.whole_heads || (p.turns && falling))
       set_complete(rows, rows_of(p, seq, n + 1, block_m, block_n));
-  }
-
-  // 16 bytes at a time, for the same reason.
-  FC_DEVICE void take(const Work& from) {
-#pragma unroll 1
-    for (unsigned i = 0; i < sizeof(Work) / 16; ++i)
-      reinterpret_cast<uint4*>(this)[i] = reinterpret_cast<const uint4*>(&from)[i];
-    asm volatile("" ::: "memory");
   }
 
   // Within what an int holds with room to spare; dispatch refuses sequences that long.

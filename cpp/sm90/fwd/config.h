@@ -91,9 +91,10 @@ struct FwdParams {
   tile::BlockLists kept;  // key blocks of each query block
   int mask_block_k;       // keys in a block of the mask
   // Their tiles differ in length as they please, so whoever is done takes the next one. Cleared to
-  // -1 by the host.
-  int* taken;  // the last one of those that were not dealt out at the beginning
-  int* taker;  // [tile]: which team took it, for repair.cuh
+  // -1 before the launch.
+  int* taken;        // the last one of those that were not dealt out at the beginning
+  int* taker;        // [tile]: which team took it, for repair.cuh
+  const int* order;  // [batch][head][place]: see order.h. Null: as they come
 
   // Whether a block may hold rows of another sequence, or of none.
   FC_HD bool ragged() const { return cu_seqlens_k || seqlens_k || seqlens_q; }

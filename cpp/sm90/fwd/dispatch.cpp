@@ -8,6 +8,7 @@
 #include "cuda/merge.h"
 #include "sm90/backend.h"
 #include "sm90/fwd/config.h"
+#include "sm90/order.h"
 #include "sm90/tensor_map.h"
 #include "tile/block_range.h"
 #include "tile/seqlen.h"
@@ -160,9 +161,12 @@ int64_t partial_rows(const Problem& p) {
   return (p.cu_seqlens_q ? p.total_q : p.batch * p.seqlen_q) * p.num_heads_q;
 }
 
-// With block lists the workspace is a counter, and who took which tile.
+// With block lists the workspace is a counter, who took which tile, and their order.
 size_t taken_bytes(const FwdConfig& c, const Problem& p) {
   return static_cast<size_t>(1 + most_tiles(c, p)) * 4;
+}
+size_t order_bytes(const FwdConfig& c, const Problem& p) {
+  return p.cu_seqlens_q ? 0 : static_cast<size_t>(most_tiles(c, p)) * 4;
 }
 
 void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
@@ -172,7 +176,10 @@ void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
   if (split.count > 1)
     plan.workspace_bytes =
         static_cast<size_t>(split.count * partial_rows(p) * (p.head_dim_v + 1)) * 4;
-  if (p.kv_blocks) plan.workspace_bytes = taken_bytes(instance_of(kernel).config, p);
+  if (p.kv_blocks) {
+    FwdConfig const& c = instance_of(kernel).config;
+    plan.workspace_bytes = taken_bytes(c, p) + order_bytes(c, p);
+  }
   plan.deterministic = true;
 }
 
@@ -282,12 +289,28 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan& plan, vo
     params.mask_block_k = p.block_k;
     params.taken = static_cast<int*>(workspace);
     params.taker = params.taken + 1;
+  }
+
+  schedule(c, p, params);
+  if (p.kv_blocks && order_bytes(c, p) > 0) {
+    int const pairs = params.scheduler.pairs, tiles = params.scheduler.m_blocks;
+    int* const order = params.taker + most_tiles(c, p);
+    params.order = order;
+    order_tiles({.lists = params.kept,
+                 .pairs = pairs,
+                 .heads = params.scheduler.heads,
+                 .group = 1,
+                 .tiles = tiles,
+                 .halves = 1,
+                 .falling = false,
+                 .order = order,
+                 .taken = params.taken},
+                static_cast<cudaStream_t>(stream));
+  } else if (p.kv_blocks) {  // how many tiles a sequence has is known on the device alone
     cuda::check(
         cudaMemsetAsync(workspace, 0xff, taken_bytes(c, p), static_cast<cudaStream_t>(stream)),
         "flash_fwd_sm90: clearing the counter of tiles");
   }
-
-  schedule(c, p, params);
   int const blocks = static_cast<int>(min_of<int64_t>(
       most_tiles(c, p) * plan.num_splits, cuda::devices()[p.device_id].multiprocessors));
   instance.launch(params, blocks, p.device_id, static_cast<cudaStream_t>(stream));

@@ -28,6 +28,7 @@
 #include "sm90/fwd/tiles.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/fwd/work.cuh"
+#include "sm90/ptx/launch.cuh"
 #include "tile/pipeline.h"
 
 namespace flashcore::sm90::fwd {
@@ -44,9 +45,12 @@ struct Kernel {
   // ---- producer ---------------------------------------------------------------------------------
   FC_DEVICE static void produce(const FwdParams& p, Shared* teams) {
     if constexpr (T::kRegistersMove) release_registers<T::kProducerRegs>();
-    int const team = threadIdx.x / 32;
-    if (team >= T::kTeams || !elect_one()) return;
+    int const warp = threadIdx.x / 32, team = warp % T::kTeams;
+    if (warp >= T::kTeams * (T::kFinders ? 2 : 1) || !elect_one()) return;
     Shared& sh = teams[team];
+    if constexpr (T::kLists) wait_for_kernel_before();
+    if constexpr (T::kFinders)
+      if (warp >= T::kTeams) return find(p, sh, team);
     prefetch_tensor_map(p.q);
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
@@ -55,8 +59,14 @@ struct Kernel {
 
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
-    Tiles<T> tiles(p, team);
-    Work next;
+    auto tiles = [&] {
+      if constexpr (T::kFinders)
+        return FoundTiles<T>{sh};
+      else
+        return Tiles<T>(p, team);
+    }();
+    Work own;
+    Work& next = T::kFinders ? sh.found : own;
     bool more = tiles.next(p, next);
     while (more) {
       int const kv_head = next.head / p.group, kv_batch = p.cu_seqlens_k ? 0 : next.batch;
@@ -87,6 +97,7 @@ struct Kernel {
       load_panels<T::kBlockM, T::kPanels>(sh.q[q.stage], p.q, sh.q_ready[q.stage],
                                           next.q_begin + next.row, next.head,
                                           p.cu_seqlens_q ? 0 : next.batch, once);
+      if constexpr (T::kFinders) sh.found_free.arrive();
       q.advance();
       // K runs one block ahead of V, as it is consumed. Once the consumers have something to do,
       // there is time to find out what comes next.
@@ -95,16 +106,31 @@ struct Kernel {
         load_v(j);
         --j;
       }
-      more = tiles.next(p, next);
+      if constexpr (!T::kFinders) more = tiles.next(p, next);
       for (; j > first; --j) {
         load_k(j - 1);
         load_v(j);
       }
       if (!empty) load_v(j);
+      if constexpr (T::kFinders) more = tiles.next(p, next);
     }
     sh.q_free[q.stage].wait(q.parity);
     sh.work[q.stage] = Work::none();
     sh.q_ready[q.stage].arrive();
+  }
+
+  // With block lists: which tile comes next takes a chain of loads from memory, and is found out by
+  // a thread that has nothing else to do, while the blocks of the tile before are fetched. Not
+  // earlier, or tiles would wait here that others could have taken.
+  FC_DEVICE static void find(const FwdParams& p, Shared& sh, int team) {
+    TakenTiles<T> tiles(p, team);
+    bool more = true;
+    for (uint32_t parity = 1; more; parity ^= 1) {
+      sh.found_free.wait(parity);
+      more = tiles.next(p, sh.found);
+      if (!more) sh.found = Work::none();
+      sh.found_ready.arrive();
+    }
   }
 
   // ---- consumers --------------------------------------------------------------------------------
@@ -321,6 +347,8 @@ struct Kernel {
 
   FC_DEVICE static void init_barriers(Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
+    sh.found_ready.init(1);
+    sh.found_free.init(1);
     for (int s = 0; s < T::kQStages; ++s) {
       sh.q_ready[s].init(1);
       sh.q_free[s].init(kConsumerWarps);

@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "sm90/fwd/kernel.cuh"
+#include "sm90/launch.h"
 
 namespace flashcore::sm90::fwd {
 
@@ -19,8 +20,10 @@ void launch(const FwdParams& params, int blocks, int device, cudaStream_t stream
                 "flash_fwd_sm90: shared memory");
     prepared.fetch_or(bit, std::memory_order_release);
   }
-  flash_fwd_sm90<T><<<blocks, T::kThreads, kBytes, stream>>>(params);
-  cuda::check(cudaGetLastError(), "flash_fwd_sm90");
+  bool const early = T::kLists && params.order;  // else another's kernel is the one before
+  cuda::check(
+      launch_kernel(flash_fwd_sm90<T>, params, blocks, T::kThreads, kBytes, 1, early, stream),
+      "flash_fwd_sm90");
 }
 
 }  // namespace flashcore::sm90::fwd

@@ -29,17 +29,22 @@ struct DealtTiles {
   }
 };
 
-// The work of a tile with block lists, whose ranges are of visits.
+// The work of a tile with block lists, whose ranges are of visits. The longest lists are the last.
 template <class T>
-FC_DEVICE Work work_of_list(const FwdParams& p, tile::Tile tile) {
-  Work work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN);
+FC_DEVICE void set_work(const FwdParams& p, tile::Tile tile, Work& work) {
+  if (p.order) {
+    int const pair = tile.batch * p.scheduler.heads + tile.head;
+    tile.m_block = p.order[pair * p.scheduler.m_blocks + tile.m_block];
+  }
+  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN);
+  asm volatile("" ::: "memory");  // a finder has few registers: its work lies in shared memory
   work.keep(kept_blocks<T>(p, work));
-  return work;
 }
 FC_DEVICE int number_of(int team, int teams) { return blockIdx.x * teams + team; }
 
 // With block lists tiles are of any length, and nobody knows it beforehand. So whoever is done
-// takes the next one, from a counter in memory. It is asked a tile ahead: the answer takes a while.
+// takes the next one, from a counter in memory. Who has to fetch blocks as well asks a tile ahead:
+// the answer takes a while.
 template <class T>
 struct TakenTiles {
   TileCursor cursor;
@@ -49,12 +54,28 @@ struct TakenTiles {
       : index(t * gridDim.x + blockIdx.x), team(number_of(t, T::kTeams)) {}
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
-    if (after >= 0) index = after;
+    if (after >= 0) index = T::kFinders ? take(p) : after;
     if (!cursor.find(p, index, T::kBlockM)) return false;
-    after = atomicAdd(p.taken, 1) + 1 + static_cast<int>(gridDim.x) * T::kTeams;
+    after = T::kFinders ? 0 : take(p);
     p.taker[index] = team;
-    work = work_of_list<T>(p, cursor.tile);
+    set_work<T>(p, cursor.tile, work);
     return true;
+  }
+  FC_DEVICE static int take(const FwdParams& p) {
+    return atomicAdd(p.taken, 1) + 1 + static_cast<int>(gridDim.x) * T::kTeams;
+  }
+};
+
+// Those that the team's finder leaves in shared memory: `work` is where it does.
+template <class T>
+struct FoundTiles {
+  typename T::Shared& sh;
+  uint32_t parity = 0;
+
+  FC_DEVICE bool next(const FwdParams&, const Work& work) {
+    sh.found_ready.wait(parity);
+    parity ^= 1;
+    return work.row >= 0;
   }
 };
 
@@ -69,7 +90,7 @@ struct TakenBefore {
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
     while (cursor.find(p, index, T::kBlockM))
       if (p.taker[index++] == team) {
-        work = work_of_list<T>(p, cursor.tile);
+        set_work<T>(p, cursor.tile, work);
         return true;
       }
     return false;

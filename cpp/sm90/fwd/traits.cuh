@@ -31,6 +31,8 @@ struct Traits {
   static constexpr bool kLists = kMask == Mask::lists;
   static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kTurns = kConfig.turns;
+  // With block lists, and where there are as many spare warps as teams: one finds the next tile.
+  static constexpr bool kFinders = kLists && kTeams <= 2;
   // Where the diagonal crosses a tile, a consumer leaves out keys that none of its rows sees: whole
   // blocks if they are short, of a long one its second half.
   static constexpr bool kSkips =
@@ -70,7 +72,10 @@ struct Traits {
     Barrier q_ready[kQStages], q_free[kQStages];
     Barrier k_ready[kStages], k_free[kStages];
     Barrier v_ready[kStages], v_free[kStages];
-    int block[kStages];  // which key block K is; only with block lists
+    // Only with block lists.
+    int block[kStages];  // which key block K is
+    Work found;          // the tile after the one whose blocks are being fetched
+    Barrier found_ready, found_free;
   };
   static constexpr int kSharedBytes = kTeams * sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);

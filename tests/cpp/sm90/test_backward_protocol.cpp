@@ -13,6 +13,9 @@ namespace {
 
 constexpr int kWarps = 8;
 enum class Steps { by_keys, by_gradient };
+// What there is besides: an order in which dQ is added; block lists, and a thread that finds the
+// next tile.
+enum class With { nothing, turns, lists };
 constexpr int kNoWork = -2;
 
 template <int kStages>
@@ -25,7 +28,9 @@ struct Backward : Machine {
     met,
     head_start,
     ds_ready,
-    stages = ds_ready + 3
+    next_ready = ds_ready + 3,
+    next_free,
+    stages
   };
   static constexpr int q_ready(int s) { return stages + s; }
   static constexpr int dout_ready(int s) { return stages + kStages + s; }
@@ -51,25 +56,30 @@ struct Backward : Machine {
     return ds(5, 0) + slot + (slot < 0 ? 2 * kStages : 0);
   }
 
+  // And the tile that is found for the producer.
+  static constexpr int next() { return staged(kWarps); }
+
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
-  // steps[t]: steps of tile t; may be 0. ordered: dQ in a fixed order.
-  Backward(Steps kind, const std::vector<int>& steps, bool ordered) {
+  // steps[t]: steps of tile t; may be 0.
+  Backward(Steps kind, const std::vector<int>& steps, With with) {
+    bool const ordered = with == With::turns, lists = with == With::lists;
     for (int b = 0; b < added(2); ++b) {
-      bool const ready = b == k_ready || b == v_ready || (b >= stages && b < free_(0)) ||
-                         (b >= turn(0) && b < turn(2));
+      bool const ready = b == k_ready || b == v_ready || b == next_ready || b == next_free ||
+                         (b >= stages && b < free_(0)) || (b >= turn(0) && b < turn(2));
       bool const of_one = b == head_start || b >= added(0);
       barriers.emplace_back(ready                    ? 1
                             : of_one                 ? kWarps / 2
                             : b == k_free && ordered ? kWarps + 2
                                                      : kWarps);
     }
-    buffers.resize(staged(kWarps));
-    programs.push_back(producer(steps));
+    buffers.resize(next() + 1);
+    programs.push_back(producer(steps, lists));
     for (int w = 0; w < kWarps; ++w)
       programs.push_back(Warp{kind, w, ordered, {}, {}}.program(steps));
     if (ordered)
       for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer));
+    if (lists) programs.push_back(finder(static_cast<int>(steps.size())));
   }
 
   // Of the order, for one consumer.
@@ -95,7 +105,18 @@ struct Backward : Machine {
     }
   }
 
-  static Program producer(const std::vector<int>& steps) {
+  // The last one is that there are no more.
+  static Program finder(int tiles) {
+    Program program;
+    for (int t = 0; t <= tiles; ++t) {
+      program.push_back({Op::wait, next_free, -1, t % 2 ? 0u : 1u});
+      program.push_back({Op::write, -1, next(), 0, t});
+      program.push_back({Op::arrive, next_ready});
+    }
+    return program;
+  }
+
+  static Program producer(const std::vector<int>& steps, bool lists) {
     Program program;
     auto wait = [&](int barrier, uint32_t parity) {
       program.push_back({Op::wait, barrier, -1, parity});
@@ -105,16 +126,28 @@ struct Backward : Machine {
     };
     auto ring = Ring<kStages>::producer();
     uint32_t parity = 1;
-    for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
+    auto begin_next = [&](int tile) {
+      if (lists) wait(next_ready, parity ^ 1);
       wait(k_free, parity);
+      if (lists) program.push_back({Op::begin_read, -1, next(), 0, tile});
+    };
+    auto end_next = [&] {
+      if (!lists) return;
+      program.push_back({Op::end_read, -1, next()});
+      program.push_back({Op::arrive, next_free});
+    };
+    for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
+      begin_next(t);
       program.push_back({Op::write, -1, work, 0, t});
       if (steps[t] == 0) {
+        end_next();
         wait(v_free, parity);
         program.push_back({Op::arrive, k_ready});
         program.push_back({Op::arrive, v_ready});
         continue;
       }
       load(k_ready, k, value(t, 0, 0));
+      end_next();
       for (int i = 0; i < steps[t]; ++i) {
         wait(free_(ring.stage), ring.parity);
         program.push_back({Op::write, -1, note(ring, 1), 0, value(t, i, 6)});
@@ -127,7 +160,7 @@ struct Backward : Machine {
         ring.advance();
       }
     }
-    wait(k_free, parity);
+    begin_next(static_cast<int>(steps.size()));
     program.push_back({Op::write, -1, work, 0, kNoWork});
     program.push_back({Op::arrive, k_ready});
     return program;
@@ -340,8 +373,10 @@ void play(Steps kind, std::mt19937& random) {
   for (int trial = 0; trial < 60; ++trial) {
     std::vector<int> steps(std::uniform_int_distribution<int>(1, 5)(random));
     for (int& n : steps) n = std::uniform_int_distribution<int>(0, 5)(random);
+    // A fixed order knows a step's parity by the number of stages that its kernels have.
     bool const can = kStages == (kind == Steps::by_keys ? 2 : 3);
-    Backward<kStages> machine(kind, steps, can && trial % 2);
+    With const with[] = {With::nothing, With::lists, can ? With::turns : With::nothing};
+    Backward<kStages> machine(kind, steps, with[trial % 3]);
     CHECK(machine.run(random));
   }
 }
@@ -360,18 +395,18 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
   std::mt19937 random(2);
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_keys, {5}, false);
+        Backward<2> machine(Steps::by_keys, {5}, With::nothing);
         for (Program& program : machine.programs)
           for (Op& op : program)  // waits for a phase that is always over
             if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_ready &&
-                op.barrier < Backward<2>::stages)
+                op.barrier < Backward<2>::next_ready)
               op = {Op::wait, Backward<2>::k_free, -1, 1};
         return machine;
       },
       random));
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_gradient, {5}, false);
+        Backward<2> machine(Steps::by_gradient, {5}, With::nothing);
         for (Program& program : machine.programs)
           for (Op& op : program)
             if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
@@ -385,7 +420,7 @@ TEST("the model notices a stage released before dK has read it") {
   std::mt19937 random(3);
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_keys, {6}, false);
+        Backward<2> machine(Steps::by_keys, {6}, With::nothing);
         for (size_t a = 1; a < machine.programs.size(); ++a)
           for (size_t i = 1; i < machine.programs[a].size(); ++i) {
             Op& op = machine.programs[a][i];

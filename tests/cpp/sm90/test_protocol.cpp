@@ -13,7 +13,7 @@ namespace {
 template <int kStages, int kQStages>
 struct Forward : Machine {
   int consumers;
-  bool turns;
+  bool turns, finder;
   int skips;  // blocks of a tile, at most, that only the last consumer looks at
 
   static constexpr int q_ready(int s) { return s; }
@@ -25,31 +25,56 @@ struct Forward : Machine {
   static constexpr int v_free(int s) { return kv(3, s); }
   // A named barrier, its arrivals counted by warps: four that wait and four that pass the turn.
   static constexpr int turn(int consumer) { return kv(4, 0) + consumer; }
+  // With block lists, of a thread that finds the next tile.
+  int found_ready() const { return turn(consumers); }
+  int found_free() const { return turn(consumers) + 1; }
   static constexpr int q_buffer(int s) { return s; }
   static constexpr int k_buffer(int s) { return kQStages + s; }
   static constexpr int v_buffer(int s) { return kQStages + kStages + s; }
   // Being read while a warp of this consumer issues products in its turn.
   static constexpr int issuing(int consumer) { return kQStages + 2 * kStages + consumer; }
 
+  int found() const { return issuing(consumers); }
+
   // blocks[t]: key blocks of tile t; may be 0.
-  Forward(int consumers, bool turns, int skips, const std::vector<int>& blocks)
-      : consumers(consumers), turns(turns), skips(skips) {
+  Forward(int consumers, bool turns, int skips, const std::vector<int>& blocks, bool finder = false)
+      : consumers(consumers), turns(turns), finder(finder), skips(skips) {
     int const warps = 4 * consumers;
     for (int s = 0; s < kQStages; ++s) barriers.emplace_back(1);
     for (int s = 0; s < kQStages; ++s) barriers.emplace_back(warps);
     for (int what = 0; what < 4; ++what)
       for (int s = 0; s < kStages; ++s) barriers.emplace_back(what % 2 ? warps : 1);
     for (int c = 0; c < consumers; ++c) barriers.emplace_back(8);
-    buffers.resize(kQStages + 2 * kStages + consumers);
+    for (int what = 0; what < 2; ++what) barriers.emplace_back(1);
+    buffers.resize(found() + 1);
     programs.push_back(producer(blocks));
+    if (finder) programs.push_back(finder_of(static_cast<int>(blocks.size())));
     for (int w = 0; w < warps; ++w) programs.push_back(consumer(w / 4, blocks));
   }
 
   // A value per (tile, block, tensor), so that a stale buffer is told from the right one.
   static int value(int tile, int block, int tensor) { return (tile * 64 + block) * 3 + tensor; }
 
-  static Program producer(const std::vector<int>& blocks) {
+  // The last one is that there are no more.
+  Program finder_of(int tiles) const {
     Program p;
+    for (int t = 0; t <= tiles; ++t) {
+      p.push_back({Op::wait, found_free(), -1, t % 2 ? 0u : 1u});
+      p.push_back({Op::write, -1, found(), 0, t});
+      p.push_back({Op::arrive, found_ready()});
+    }
+    return p;
+  }
+
+  Program producer(const std::vector<int>& blocks) const {
+    Program p;
+    auto find = [&](int tile) {
+      if (!finder) return;
+      p.push_back({Op::wait, found_ready(), -1, tile % 2 ? 1u : 0u});
+      p.push_back({Op::begin_read, -1, found(), 0, tile});
+      p.push_back({Op::end_read, -1, found()});
+      p.push_back({Op::arrive, found_free()});
+    };
     auto k = Ring<kStages>::producer(), v = Ring<kStages>::producer();
     auto q = Ring<kQStages>::producer();
     auto load = [&](int free, uint32_t parity, int ready, int buffer, int value) {
@@ -57,6 +82,7 @@ struct Forward : Machine {
       p.push_back({Op::load, ready, buffer, 0, value});
     };
     for (int t = 0; t < static_cast<int>(blocks.size()); ++t) {
+      find(t);
       auto load_k = [&](int j) {
         load(k_free(k.stage), k.parity, k_ready(k.stage), k_buffer(k.stage), value(t, j, 1));
         k.advance();
@@ -76,6 +102,7 @@ struct Forward : Machine {
       if (blocks[t]) load_v(j);
     }
     // The Work that ends it.
+    find(static_cast<int>(blocks.size()));
     load(q_free(q.stage), q.parity, q_ready(q.stage), q_buffer(q.stage),
          value(static_cast<int>(blocks.size()), 0, 0));
     return p;
@@ -173,7 +200,7 @@ void play(int consumers, bool turns, std::mt19937& random) {
   for (int trial = 0; trial < 60; ++trial) {
     std::vector<int> blocks(std::uniform_int_distribution<int>(1, 6)(random));
     for (int& n : blocks) n = std::uniform_int_distribution<int>(0, 5)(random);
-    Forward<kStages, kQStages> machine(consumers, turns, trial % 3, blocks);
+    Forward<kStages, kQStages> machine(consumers, turns, trial % 3, blocks, trial % 2 == 1);
     CHECK(machine.run(random));
   }
 }
@@ -203,6 +230,17 @@ TEST("the model notices a consumer that releases K before it has read it") {
             Op& earlier = machine.programs[a][i - 1];
             if (op.kind == Op::arrive && earlier.kind == Op::end_read) std::swap(op, earlier);
           }
+        return machine;
+      },
+      random));
+}
+
+TEST("the model notices a tile that is found before the one before it was read") {
+  std::mt19937 random(4);
+  CHECK(caught(
+      [] {
+        Forward<2, 1> machine(1, false, 0, {3, 2, 1}, true);
+        std::erase_if(machine.programs[1], [](const Op& op) { return op.kind == Op::wait; });
         return machine;
       },
       random));
