@@ -179,7 +179,7 @@ struct Backward : Machine {
     Ring<kStages> ring = Ring<kStages>::consumer();
     Ring<3> parts = Ring<3>::consumer();  // the buffer of dS that is written next
     uint32_t meetings = 0, tiles_begun = 0;
-    int waiting = -1;        // dQ that is staged, not sent
+    int waiting = -1;         // dQ that is staged, not sent
     bool on_its_way = false;  // the copy engine may still read it
 
     void wait(int barrier, uint32_t parity) { out.push_back({Op::wait, barrier, -1, parity}); }
