@@ -4,7 +4,6 @@
 #include "sm90/bwd/store.cuh"
 #include "sm90/bwd/traits.cuh"
 #include "sm90/ptx/registers.cuh"
-#include "sm90/ptx/tma.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -28,31 +27,6 @@ FC_DEVICE void add_dq(float* to, const float (&dq)[N], int quads) {
   for (int i = 0; i < N / 4; ++i)
     if (i < quads)
       reduce_add_x4(to + 128 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-}
-
-// The same by way of shared memory: a warp stages its quads there, in the same order, and after its
-// next fence of the asynchronous proxy one thread sends them. The copy engine adds them while the
-// warp goes on, where red keeps the load and store unit busy, and with it everything that is loaded
-// from or stored to shared memory.
-template <class T, int N>
-FC_DEVICE void stage_dq(typename T::Shared& sh, float* to, const float (&dq)[N], int quads) {
-  int const thread = thread_index() - 128;
-  if (thread % 32 == 0) {
-    tma_store_wait_read();
-    sh.dq_to[thread / 32] = to;
-  }
-  __syncwarp();
-  set_dq<T>(sh.dq + T::Dq::offset(thread), dq, quads);
-}
-template <class T>
-FC_DEVICE void send_dq(typename T::Shared& sh, int quads) {
-  int const thread = thread_index() - 128;
-  if (thread % 32 > 0) return;
-  float*& to = sh.dq_to[thread / 32];
-  if (!to) return;  // nothing is staged
-  bulk_reduce_add(to, sh.dq + T::Dq::offset(thread), quads * 512);
-  tma_store_commit();
-  to = nullptr;
 }
 
 // dq becomes the quads from `from` on, plus what it was. Not from the first-level cache, which
@@ -91,12 +65,10 @@ FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& prod
 // Where dQ goes from here: to those sums, or to its rows.
 template <class T, int kFirst, int N>
 FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, int m, float* sums,
-                      float (&dq)[N], typename T::Shared& sh) {
+                      float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(part) - kFirst;
-  if (T::kDqStaged && !p.whole_heads && !p.turns) {
-    stage_dq<T>(sh, sums, dq, quads);
-  } else if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
+  if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
     add_dq<T>(sums, dq, quads);
   } else if (m >= work.complete) {
     set_dq<T>(sums, dq, quads);
@@ -107,7 +79,7 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
       if (thread % 32 == 0) {
         *redo_queries(p, work, head, m,
                       thread / 32 * 2 + (T::kByCluster ? T::rank_of(part) : kFirst > 0)) = 1;
-        sh.redo[thread / 32] = true;
+        redo[thread / 32] = true;
       }
       return;
     }

@@ -235,7 +235,6 @@ struct Kernel {
       c.release(sh.k_free);
       store(p, sh, work, consumer, rank, rdK, rdV);
     }
-    if (T::kDqStaged && threadIdx.x % 32 == 0) tma_store_wait();
     if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
     if constexpr (T::kByCluster) cluster_sync();  // the other block may still arrive here
   }
@@ -298,7 +297,6 @@ struct Kernel {
   FC_DEVICE static void init_barriers(const BwdParams& p, Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
     for (bool& redo : sh.redo) redo = false;
-    for (float*& to : sh.dq_to) to = nullptr;
     sh.k_ready.init(1);
     sh.v_ready.init(1);
     sh.k_free.init(kConsumerWarps + (p.turns ? T::kConsumers : 0));

@@ -114,7 +114,7 @@ struct StepsByCluster {
         reinterpret_cast<typename T::DqTile&>(rdQ[T::Dq::kept(kIndex) / 2]);  // what it keeps
     c.wait_turn(parity);
     put_dq<T, 0>(c.p, c.work(), part, at.head, at.m,
-                 dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), dq, c.sh);
+                 dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), dq, c.sh.redo);
     c.pass_turn();
   }
 

@@ -50,7 +50,7 @@ struct StepsByGradient {
     constexpr int kQuads = kPanelCols / 8;
     put_dq<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m,
                                dq_sums<T, kPanel * kQuads>(c.p, c.work(), kIndex, at.head, at.m),
-                               rdQ, c.sh);
+                               rdQ, c.sh.redo);
   }
 
   // Query block m of one head, whose P and dS are in `buffer`; with kNext also makes the next ones.

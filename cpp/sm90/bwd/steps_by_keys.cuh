@@ -4,8 +4,8 @@
 // Only dS goes through shared memory: dQ sums over the keys of all consumers. dQ comes a step late,
 // so that the consumers need not be at the same point; they stay half a step apart, where one
 // computes exponentials while the tensor cores work for the other.
-//     tensor cores   dP(m) | dV(m)                | dK(m) | dQ(m-1) | S(m+1)         |
-//     other units    P(m)  | dS(m) | dS(m) stored |       |         | dQ(m-1) staged | sent
+//     tensor cores   dP(m) | dV(m) | dK(m)        | dQ(m-1) | S(m+1)          |
+//     other units    P(m)  | dS(m) | dS(m) stored |         | dQ(m-1) to memory
 #pragma once
 #include "sm90/bwd/consumer.cuh"
 #include "sm90/bwd/dq.cuh"
@@ -18,8 +18,6 @@ struct StepsByKeys {
   using Element = typename T::Element;
   using Consumer = bwd::Consumer<T>;
   using Step = typename Consumer::Step;
-
-  static_assert(T::kStages == 2);  // or a stage would not tell the parity of a step's number
 
   FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
@@ -37,7 +35,6 @@ struct StepsByKeys {
       first = false;
     }
     step<false>(c, rS, rdP, at, first);
-    send(c);
     auto& rdQ = reinterpret_cast<typename T::DqProduct&>(rdP);
     wait_ds(c);
     issue_dq(c, rdQ);
@@ -45,9 +42,9 @@ struct StepsByKeys {
     pin(rdQ);
     pin(c.rdK);
     pin(c.rdV);
+    c.release(c.sh.ds_free[c.ds.stage ^ 1]);
     put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ,
-        c.ring.stage ^ 1);
-    send(c);
+        c.ds.stage ^ 1);
   }
 
  private:
@@ -73,14 +70,11 @@ struct StepsByKeys {
   }
   // Waits for the dS that was stored last, of all consumers.
   FC_DEVICE static void wait_ds(const Consumer& c) {
-    c.sh.ds_ready[stored_last(c)].wait(c.ds.stage == 0 ? c.ds.parity ^ 1 : c.ds.parity);
-  }
-  FC_DEVICE static int stored_last(const Consumer& c) {
-    return (c.ds.stage == 0 ? T::kDsBuffers : c.ds.stage) - 1;
+    c.sh.ds_ready[c.ds.stage ^ 1].wait(c.ds.stage == 0 ? c.ds.parity ^ 1 : c.ds.parity);
   }
   // Issues its dQ.
   FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqProduct& rdQ) {
-    int const buffer = stored_last(c);
+    int const buffer = c.ds.stage ^ 1;
     wgmma_fence();
     gemm_ab<Element, T::Dq::kProductCols, T::kBlockN, T::kBlockM>(
         rdQ, c.sh.ds[buffer] + T::Dq::row(c.index) * kPanelBytes,
@@ -92,14 +86,8 @@ struct StepsByKeys {
     typename T::DqTile dq;
     take_dq<T>(dq, product, c.index);
     c.wait_turn(parity);
-    put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, dq, c.sh);
+    put_dq<T, 0>(c.p, c.work(), c.index, head, m, sums, dq, c.sh.redo);
     c.pass_turn();
-  }
-  // What is staged, where no other fence comes soon.
-  FC_DEVICE static void send(const Consumer& c) {
-    fence_async_shared();
-    __syncwarp();
-    send_dq<T>(c.sh, T::Dq::quads(c.index));
   }
 
   // The step whose S^T is complete in rS, with rdP set. With kNext there is a step after it, which
@@ -125,18 +113,17 @@ struct StepsByKeys {
     pin(rdP);
     Scores<T>::gradients(c, rdP, rS, at, at.m * T::kBlockM, sh.minus_delta[stage]);
     pack_tile<Element>(rdS, rdP);
-    // The other consumer is past its dS of the step before, so past its dQ of three steps before:
-    // of the three buffers, that one may be written.
-    if (!first) wait_ds(c);
-    store_transposed(sh.ds[c.ds.stage] + c.index * T::kBlockM * kPanelBytes, rdS, 0);
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdK, rdS, sh.q[stage]);
     wgmma_commit();
-    fence_async_shared();  // dS, and dQ that was staged since the last one
+
+    sh.ds_free[c.ds.stage].wait(c.ds.parity ^ 1);
+    store_transposed(sh.ds[c.ds.stage] + c.index * T::kBlockM * kPanelBytes, rdS, 0);
+    fence_async_shared();
     c.release(sh.ds_ready[c.ds.stage]);
-    send_dq<T>(sh, T::Dq::quads(c.index));
     // dQ goes where dP was: given registers of its own, it would not fit.
     auto& rdQ = reinterpret_cast<typename T::DqProduct&>(rdP);
+    if (!first) wait_ds(c);
     issue_dq(c, rdQ);
     wgmma_wait<1>();  // all but dQ
     c.ds.advance();
@@ -149,7 +136,10 @@ struct StepsByKeys {
     Step const next = kNext ? c.step_after(at) : at;
     wgmma_wait<kNext ? 1 : 0>();  // dQ is complete, S may still be running
     pin(rdQ);
-    if (!first) put(c, head, m, sums, rdQ, c.ring.stage);
+    if (!first) {
+      c.release(sh.ds_free[c.ds.stage]);
+      put(c, head, m, sums, rdQ, c.ds.stage);
+    }
     if constexpr (kNext) {
       set_dp(c, rdP);
       wgmma_wait<0>();

@@ -61,9 +61,7 @@ struct Traits {
   static constexpr int kVBytes = kKeys * kPanelsV * kPanelBytes;
   static constexpr int kPeerPanels = kPanels / 2;  // of the other block's K that dQ takes here
   static constexpr int kDsBytes = kBlockM * kKeys * 2;
-  static constexpr int kDsBuffers = kByCluster ? 1 : kByKeys ? 3 : 2;
-  // dQ on its way to the sums. The others have no room for it, and add from registers.
-  static constexpr bool kDqStaged = kByKeys;
+  static constexpr int kDsBuffers = kByCluster ? 1 : 2;
   static constexpr int kStatBytes = kBlockM * 4;
 
   struct Shared {
@@ -78,8 +76,6 @@ struct Traits {
     // The other block's dS, and the columns of its K that dQ takes here.
     alignas(kByCluster ? 1024 : 1) char peer_ds[kByCluster ? kDsBytes : 1];
     alignas(kByCluster ? 1024 : 1) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
-    alignas(128) float dq[kDqStaged ? kBlockM * kHeadDim : 1];
-    float* dq_to[4 * kConsumers];  // where a warp's staged dQ belongs; null: nothing is staged
     alignas(128) float minus_lse[kStages][kBlockM];
     alignas(128) float minus_delta[kStages][kBlockM];
     Work work, next;

@@ -28,7 +28,8 @@ struct Backward : Machine {
     met,
     head_start,
     ds_ready,
-    next_ready = ds_ready + 3,
+    ds_free = 8,
+    next_ready = 10,
     next_free,
     stages
   };
@@ -40,24 +41,23 @@ struct Backward : Machine {
   enum BufferId { k, v, work, tiles };
   static constexpr int q(int s) { return tiles + s; }
   static constexpr int dout(int s) { return tiles + kStages + s; }
-  // A warp's part of one of the three buffers of dS, or of one of two of P.
+  // A warp's part of one of the two buffers of dS, or of P.
   static constexpr int ds(int buffer, int warp) {
     return tiles + 2 * kStages + buffer * kWarps + warp;
   }
-  static constexpr int p(int buffer, int warp) { return ds(3 + buffer, warp); }
-  // Whose turn it is, as the consumers are told; what a warp has added to dQ, or staged of it.
-  static constexpr int told(int consumer) { return ds(5, 0) + 2 * kStages + consumer; }
+  static constexpr int p(int buffer, int warp) { return ds(2 + buffer, warp); }
+  // Whose turn it is, as the consumers are told; and what a warp has added to dQ.
+  static constexpr int told(int consumer) { return ds(4, 0) + 2 * kStages + consumer; }
   static constexpr int dq(int warp) { return told(2) + warp; }
-  static constexpr int staged(int warp) { return dq(kWarps) + warp; }
 
   // With block lists, of the step whose Q is in the ring's stage, or of one before it.
   static int note(const Ring<kStages>& ring, uint32_t first_lap, int before = 0) {
     int const slot = ring.stage + static_cast<int>(ring.parity ^ first_lap) * kStages - before;
-    return ds(5, 0) + slot + (slot < 0 ? 2 * kStages : 0);
+    return ds(4, 0) + slot + (slot < 0 ? 2 * kStages : 0);
   }
 
   // And the tile that is found for the producer.
-  static constexpr int next() { return staged(kWarps); }
+  static constexpr int next() { return dq(kWarps); }
 
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
@@ -177,10 +177,8 @@ struct Backward : Machine {
     bool ordered;
     Program out;
     Ring<kStages> ring = Ring<kStages>::consumer();
-    Ring<3> parts = Ring<3>::consumer();  // the buffer of dS that is written next
+    Ring<2> parts = Ring<2>::consumer();  // the buffer of dS that is written next
     uint32_t meetings = 0, tiles_begun = 0;
-    int waiting = -1;         // dQ that is staged, not sent
-    bool on_its_way = false;  // the copy engine may still read it
 
     void wait(int barrier, uint32_t parity) { out.push_back({Op::wait, barrier, -1, parity}); }
     void arrive(int barrier) { out.push_back({Op::arrive, barrier}); }
@@ -198,22 +196,11 @@ struct Backward : Machine {
     // Adds dQ of step i of tile t.
     void add(int t, int i, uint32_t parity) {
       int const consumer = index / (kWarps / 2);
-      if (!ordered && kind == Steps::by_keys) {
-        if (on_its_way) end({{staged(index), 0}});
-        on_its_way = false;
-        write(staged(index), waiting = value(t, i, 7));
-      }
       if (!ordered) return;
       wait(turn(consumer), parity);
       read(told(consumer), value(t, i, 7));
       write(dq(index), value(t, i, 7));
       arrive(added(consumer));
-    }
-    void send() {
-      if (waiting < 0) return;
-      begin({{staged(index), waiting}});
-      waiting = -1;
-      on_its_way = true;
     }
     void meet() {
       arrive(met);
@@ -237,10 +224,7 @@ struct Backward : Machine {
         wait(k_ready, parity);
         begin({{work, last ? kNoWork : t}});
         end({{work, 0}});
-        if (last) {
-          if (on_its_way) end({{staged(index), 0}});
-          return out;
-        }
+        if (last) return out;
         if (steps[t] == 0)
           arrive(v_free);
         else if (kind == Steps::by_keys)
@@ -261,11 +245,10 @@ struct Backward : Machine {
         begin(reads);
         return reads;
       };
-      auto before = [&] { return (parts.stage + 2) % 3; };
       auto wait_ds = [&] {
-        wait(ds_ready + before(), parts.stage == 0 ? parts.parity ^ 1 : parts.parity);
+        wait(ds_ready + (parts.stage ^ 1), parts.stage == 0 ? parts.parity ^ 1 : parts.parity);
       };
-      auto dq_of = [&](int i) { return join({sK, all(ds, before(), value(t, i, 4))}); };
+      auto dq_of = [&](int i) { return join({sK, all(ds, parts.stage ^ 1, value(t, i, 4))}); };
       bool const ahead = index < kWarps / 2;
       if (!ahead) wait(head_start, tiles_begun % 2);
       ++tiles_begun;
@@ -280,13 +263,15 @@ struct Backward : Machine {
         begin(dv);
         if (first && ahead) arrive(head_start);
         end(dp);
-        if (!first) wait_ds();
-        write(ds(parts.stage, index), value(t, i, 4));
         begin(dk);
+        wait(ds_free + parts.stage, parts.parity ^ 1);
+        write(ds(parts.stage, index), value(t, i, 4));
         arrive(ds_ready + parts.stage);
-        send();
         std::vector<Read> dq;
-        if (!first) begin(dq = dq_of(i - 1));
+        if (!first) {
+          wait_ds();
+          begin(dq = dq_of(i - 1));
+        }
         end(dv);
         end(dk);
         parts.advance();
@@ -299,20 +284,20 @@ struct Backward : Machine {
         if (next) read(note(ring, 0), value(t, i + 1, 6));
         if (!first) {
           end(dq);
-          add(t, i - 1, static_cast<uint32_t>(ring.stage));
+          arrive(ds_free + parts.stage);
+          add(t, i - 1, static_cast<uint32_t>(parts.stage));
         }
         if (next) {
           wait(dout_ready(ring.stage), ring.parity);
           end(s);
         }
       }
-      send();
       wait_ds();
       auto const dq = dq_of(steps - 1);
       begin(dq);
       end(dq);
-      add(t, steps - 1, static_cast<uint32_t>(ring.stage ^ 1));
-      send();
+      arrive(ds_free + (parts.stage ^ 1));
+      add(t, steps - 1, static_cast<uint32_t>(parts.stage ^ 1));
     }
 
     void steps_with_shared_scores(int t, int steps, uint32_t parity) {
@@ -373,8 +358,7 @@ void play(Steps kind, std::mt19937& random) {
   for (int trial = 0; trial < 60; ++trial) {
     std::vector<int> steps(std::uniform_int_distribution<int>(1, 5)(random));
     for (int& n : steps) n = std::uniform_int_distribution<int>(0, 5)(random);
-    // A fixed order knows a step's parity by the number of stages that its kernels have.
-    bool const can = kStages == (kind == Steps::by_keys ? 2 : 3);
+    bool const can = kind == Steps::by_keys || kStages == 3;
     With const with[] = {With::nothing, With::lists, can ? With::turns : With::nothing};
     Backward<kStages> machine(kind, steps, with[trial % 3]);
     CHECK(machine.run(random));
@@ -398,7 +382,7 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
         Backward<2> machine(Steps::by_keys, {5}, With::nothing);
         for (Program& program : machine.programs)
           for (Op& op : program)  // waits for a phase that is always over
-            if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_ready &&
+            if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_free &&
                 op.barrier < Backward<2>::next_ready)
               op = {Op::wait, Backward<2>::k_free, -1, 1};
         return machine;
