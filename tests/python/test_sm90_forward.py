@@ -457,7 +457,10 @@ def test_poison_in_a_packed_neighbour_reaches_nothing(d, more, poison, options):
     for rows in (slice(0, 70), slice(270, 401)):  # rows that are repaired round elsewhere
         out, want = result.out[rows].float(), clean.result.out[rows].float()
         torch.testing.assert_close(out, want, rtol=0, atol=2**-7 * want.abs().max().item())
-        assert torch.equal(result.lse[:, rows], clean.result.lse[:, rows])
+        # Rows of both sequences share a warp, and with it the vote on their references: the last
+        # rounding may differ.
+        lse, want = result.lse[:, rows], clean.result.lse[:, rows]
+        torch.testing.assert_close(lse, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])

@@ -20,6 +20,7 @@ struct OnlineSoftmax {
   static constexpr int kRows = 2;
   static constexpr float kLargest = 0x1p40f;
   static constexpr float kTooLarge = 0x1p120f;  // its reciprocal is still a normal number
+  static constexpr float kKept = 0x1p96f;       // times 2^-126, less than a rounding of 1
 
   float scale_log2;
   float headroom;                                 // 8 / scale_log2, finite
@@ -68,7 +69,9 @@ struct OnlineSoftmax {
     // Both references as they were rounded, which of large scores is much; exactly 1 where the
     // maximum stays. No branch: it would cost copies where nothing is raised.
     float const down = row_max[r] == -INFINITY ? -INFINITY : reference[r] - raised;
-    float const alpha = exp2_approx(sum >= kTooLarge ? NAN : down);
+    // A factor below float's range would drop what a sum of this size still owes to the result.
+    bool const dropped = sum >= kKept && down < -125.0f;
+    float const alpha = exp2_approx(sum >= kTooLarge || dropped ? NAN : down);
     reference[r] = raised;
     row_max[r] = row_max_new;
     row_sum[r] *= alpha;
