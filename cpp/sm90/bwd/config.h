@@ -114,7 +114,7 @@ struct BwdParams {
   tile::TileScheduler scheduler;
 
   // Tiles that are not dealt out but taken, by whoever is done. Null: they are not. Cleared to -1
-  // by the host.
+  // before the launch.
   int* taken;  // the last one that was
   int* taker;  // [tile]: which block or cluster took it, for repair.cuh
   // If dQ is added to in a fixed order: [head][query block][part of dQ], the key tile that comes

@@ -320,7 +320,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv), pairs, 1};
   if ((!p.window.open() || c.lists || d.ordered) && !d.whole_heads && d.tiles > 0) {
     // The caller's bounds of packed lengths must not change the order of a sum.
-    bool const mean = packed && d.ordered;
+    bool const mean = packed && d.ordered && p.batch > 0;
     int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
     int64_t const n_blocks = mean ? ceil_div(rows_k(p), p.batch * c.block_n) : d.n_blocks;
     int64_t const head_bytes =

@@ -19,6 +19,8 @@ struct StepsByKeys {
   using Consumer = bwd::Consumer<T>;
   using Step = typename Consumer::Step;
 
+  static_assert(T::kDsBuffers == 2);  // or a buffer would not tell the parity of a step's number
+
   FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
     if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
