@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kThreads) place_tiles(const __grid_constant__ 
   }
   if (tile >= o.tiles) return;
   o.order[pair * o.tiles + place] = tile;
-  if (!o.taken) return;
   o.taken[1 + pair * o.tiles + tile] = -1;
   if (pair == 0 && tile == 0) o.taken[0] = -1;
 }

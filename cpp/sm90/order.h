@@ -17,7 +17,7 @@ struct TileOrder {
   int halves;    // lists of a tile
   bool falling;  // the longest first; else last. Equals stay as they are
   int* order;    // [pair][place]: which tile
-  int* taken;    // a counter and a number for each tile, which become -1; may be null
+  int* taken;    // a counter and a number for each tile, which become -1
 
   // What a tile is placed by: blocks of its lists, or their negative.
   FC_HD constexpr int rank(int pair, int tile) const {

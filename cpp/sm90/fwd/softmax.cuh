@@ -13,8 +13,9 @@ namespace flashcore::sm90::fwd {
 // reference by more than a factor of 2^8 raises it. A proven block is one whose rows have all seen
 // a whole block before. With kSumTells (bfloat16, which holds whatever float holds) the search is
 // left out there: the row's sum so far tells whether the reference has been left behind, by a
-// factor of up to 2^40. What a single block may then add without warning is a factor of 2^80 (55 in
-// the scores); past that the row becomes NaN, and repair.cuh computes it again.
+// factor of up to 2^40. What a single block may then add without warning is a factor of 2^56 (39 in
+// the scores), or 2^80 (55) if the next one does not leave all that far behind in turn; past that
+// the row becomes NaN, and repair.cuh computes it again.
 template <bool kSumTells>
 struct OnlineSoftmax {
   static constexpr int kRows = 2;

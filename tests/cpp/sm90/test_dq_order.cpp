@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "backward_params.h"
 #include "check.h"
 #include "sm90/bwd/dq_order.h"
 #include "sm90/bwd/query_blocks.h"
@@ -13,20 +14,6 @@ using namespace flashcore;
 using namespace flashcore::sm90::bwd;
 
 namespace {
-
-// What the functions read of a kernel's parameters.
-struct Params {
-  int batch = 1, seqlen_q = 0, seqlen_k = 0;
-  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
-  const int32_t *seqlens_q = nullptr, *seqlens_k = nullptr;
-  bool top_left = false, has_q_offset = false;
-  int64_t q_offset = 0;
-  const int32_t* q_offset_tensor = nullptr;
-  tile::Window window;
-  bool whole_heads = false;
-  int pairs = 0;
-  tile::TileScheduler scheduler;
-};
 
 struct Problem {
   Params p;
