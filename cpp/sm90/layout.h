@@ -71,6 +71,9 @@ FC_HD constexpr RowWindow row_window(int box, int row, int valid) {
 FC_HD constexpr uint64_t k_major_descriptor() {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
 }
+// K-major, rows of 16 bytes that follow one another, not swizzled. They are 8 of a product's 16
+// reduction columns; the other 8 are the same ones again, for an A operand that is zero there.
+FC_HD constexpr uint64_t narrow_descriptor() { return uint64_t{(8 * 16) >> 4} << 32; }
 // MN-major (the reduction runs down the rows: V): groups of 8 reduction rows are 1024 bytes apart,
 // panels of 64 columns are rows * 128 bytes apart. 16 reduction rows further = + 2048 bytes.
 FC_HD constexpr uint64_t mn_major_descriptor(int rows) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
+#include "sm90/bwd/stat_parts.h"
 #include "tile/block_list.h"
 #include "tile/mask.h"
 #include "tile/tile_scheduler.h"
@@ -30,6 +31,8 @@ struct BwdConfig {
   constexpr bool by_keys() const { return keys() == 128; }
   constexpr bool by_gradient() const { return keys() == 64 && cluster == 1; }
   constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
+  // lse and delta are added to S and dP as products.
+  constexpr bool stat_products() const { return by_keys() && !terms; }
   // Where one block could do it, two are for calls whose tiles leave multiprocessors idle.
   constexpr bool few() const { return by_cluster() && head_dim <= 128; }
   constexpr bool valid() const {
@@ -50,6 +53,9 @@ struct Matrix {
   bool f32;  // float32 elements instead of the kernel's dtype
 };
 
+// Rows of dK and dV that a warp stores.
+constexpr int kStoredRows = 16;
+
 // What the copy engine is told of a tensor.
 struct TensorMaps {
   bool cut;           // sequences end inside the tensor
@@ -59,6 +65,8 @@ struct TensorMaps {
 
 struct BwdParams {
   TensorMaps q, k, v, dout;
+  CUtensorMap dk_boxes, dv_boxes;  // tensor_map() of kStoredRows rows
+  bool boxes;  // whether dK and dV can be stored so: in this dtype, not added to
   Matrix q_ref, k_ref, v_ref, out_ref, dout_ref;  // the same, for ordinary loads
   Matrix dq, dk, dv;
   const float *lse, *dlse;  // dlse may be null
@@ -69,7 +77,8 @@ struct BwdParams {
   // The workspace. A head's rows are padded to whole query blocks, sequence by sequence.
   float* minus_lse;    // [head][query block][row]: -lse / score_scale; -inf where P is to be zero
   float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
-  float* dq_sum;       // [slot][query block][block_m * head_dim], see dq.cuh
+  StatParts *lse_parts, *delta_parts;  // the same two, for stat_products()
+  float* dq_sum;                       // [slot][query block][block_m * head_dim], see dq.cuh
   // Null where no mask cuts blocks: see repair.cuh.
   uint8_t* redo_keys;     // [key head][key tile][block of the cluster][warp]
   uint8_t* redo_queries;  // [head][query block][warp][half of the columns]; only of whole heads

@@ -12,6 +12,7 @@ struct Consumer {
   typename T::Shared& sh;
   int index;  // which consumer
   int rank;   // which block of the cluster
+  int tile;   // which of the tiles whose K is there
   tile::Ring<T::kStages>& ring;
   tile::Ring<T::kDsBuffers>& ds;  // the buffer of dS that is written next
   typename T::GradientTile &rdK, &rdV;
@@ -25,7 +26,8 @@ struct Consumer {
   };
 
   // Read where it is, so that it takes no registers.
-  FC_DEVICE const Work& work() const { return sh.work; }
+  FC_DEVICE const Work& work() const { return sh.work[tile]; }
+  FC_DEVICE char* k() const { return sh.k[tile]; }
 
   // This thread's keys. Worked out where they are needed, for the same reason.
   FC_DEVICE KeyPair keys(Step at) const {

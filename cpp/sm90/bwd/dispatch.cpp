@@ -133,7 +133,8 @@ struct Division {
   int64_t slot_blocks;      // query blocks of such sums
   int64_t head_key_blocks;  // key tiles of a key head
   // Offsets in bytes; the sums of dQ come first.
-  int64_t minus_lse, minus_delta, redo_keys, redo_queries, taken, turns, order, bytes;
+  int64_t minus_lse, minus_delta, lse_parts, delta_parts, redo_keys, redo_queries, taken, turns,
+      order, bytes;
 
   // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
   // no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
@@ -172,7 +173,10 @@ struct Division {
     minus_delta = minus_lse + rows * 4;
     head_key_blocks = p.cu_seqlens_k ? p.total_k / c.block_n + p.batch : p.batch * n_blocks;
     cut = !p.window.open() || (c.lists && p.block_k % c.block_n);
-    redo_keys = minus_delta + rows * 4;
+    lse_parts = minus_delta + rows * 4;
+    int64_t const parts = c.stat_products() ? rows * int64_t{sizeof(StatParts)} : 0;
+    delta_parts = lse_parts + parts;
+    redo_keys = delta_parts + parts;
     redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
     taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
     turns = taken + (ordered || (c.lists && !whole_heads) ? (1 + tiles) * 4 : 0);
@@ -223,6 +227,15 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     params.q = map(p.q, p.head_dim, true);
     params.dout = map(p.dout, p.head_dim_v, true);
   }
+  params.boxes = !p.accumulate && p.batch * rows_k(p) > 0 && (!p.dk || p.dk.dtype == p.dtype) &&
+                 (!p.dv || p.dv.dtype == p.dtype);
+  if (params.boxes) {
+    auto boxes = [&](const Rows& r, int64_t cols) {
+      return tensor_map(r, p.dtype, cols, rows_k(p), p.num_heads_kv, batch_k(p), kStoredRows);
+    };
+    if (p.dk) params.dk_boxes = boxes(p.dk, p.head_dim);
+    if (p.dv) params.dv_boxes = boxes(p.dv, p.head_dim_v);
+  }
   auto matrix = [](const Rows& r) {
     return Matrix{r.data, r.batch_stride, r.row_stride, r.head_stride, r.dtype == DType::f32};
   };
@@ -248,6 +261,8 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.dq_sum = part(0);
   params.minus_lse = part(d.minus_lse);
   params.minus_delta = part(d.minus_delta);
+  params.lse_parts = reinterpret_cast<StatParts*>(part(d.lse_parts));
+  params.delta_parts = reinterpret_cast<StatParts*>(part(d.delta_parts));
   if (d.cut) {
     params.redo_keys = reinterpret_cast<uint8_t*>(part(d.redo_keys));
     if (!d.sums_added) params.redo_queries = reinterpret_cast<uint8_t*>(part(d.redo_queries));

@@ -19,15 +19,15 @@ FC_DEVICE void keep_order(const BwdParams& p, typename T::Shared& sh, int consum
   constexpr int kParts = T::kConsumers * T::kCluster;
   int const part = T::dq_part(consumer, rank);
   uint32_t parity_of_step = 0;
-  for (uint32_t parity = 0;; parity ^= 1) {
-    sh.k_ready.wait(parity);
-    Work const& work = sh.work;
+  for (auto tiles = tile::Ring<T::kTilesOfK>::consumer();; tiles.advance()) {
+    sh.k_ready[tiles.stage].wait(tiles.parity);
+    Work const& work = sh.work[tiles.stage];
     if (work.key < 0) return;
     StepOrder const order = work;
     int const tile = work.key / T::kBlockN;
     int const first_head = work.kv_head * p.group, stats = work.stats;
     bool const empty = work.empty();
-    sh.k_free.arrive();
+    sh.k_free[tiles.stage].arrive();
     if (empty) continue;
     for (int m = order.begin; m != order.end; m += order.stride)
       for (int head = first_head; head < first_head + p.group; ++head) {

@@ -27,6 +27,7 @@ template <class T>
 struct Kernel {
   using Element = typename T::Element;
   using Shared = typename T::Shared;
+  using Stat = typename T::Stat;
   using Ring = tile::Ring<T::kStages>;
   template <bool kFirst>
   using Steps =
@@ -52,6 +53,7 @@ struct Kernel {
       if (warp == 1) return find(p, sh);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
+    auto tiles = tile::Ring<T::kTilesOfK>::producer();
     uint32_t parity = 1;
     if constexpr (!T::kLists)
       sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
@@ -61,21 +63,23 @@ struct Kernel {
         sh.next_ready.wait(parity ^ 1);
       else
         find_next(p, sh, parity);
-      sh.k_free.wait(parity);
-      copy(sh.work, sh.next);
-      if (sh.work.key < 0) break;
-      if (sh.work.empty()) {
+      sh.k_free[tiles.stage].wait(tiles.parity);
+      Work& work = sh.work[tiles.stage];
+      copy(work, sh.next);
+      if (work.key < 0) break;
+      if (work.empty()) {
         if constexpr (T::kLists) sh.next_free.arrive();
         sh.v_free.wait(parity);
-        sh.k_ready.arrive();
+        sh.k_ready[tiles.stage].arrive();
         sh.v_ready.arrive();
         if (T::kByCluster) sh.peer_k_ready.arrive();
       } else {
-        load_tile(p, sh, ring, parity);
+        load_tile(p, sh, tiles.stage, ring, parity);
       }
+      tiles.advance();
       parity ^= 1;
     }
-    sh.k_ready.arrive();
+    sh.k_ready[tiles.stage].arrive();
     let_next_kernel_begin();
   }
 
@@ -142,20 +146,23 @@ struct Kernel {
   }
 
   // K, V and the query blocks in the order in which they are used.
-  FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, Ring& ring, uint32_t parity) {
-    const Work& work = sh.work;
+  FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, int slot, Ring& ring,
+                                  uint32_t parity) {
+    const Work& work = sh.work[slot];
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
     int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
     int const rank = T::kByCluster ? cluster_rank() : 0, first_key = work.key + T::kKeys * rank;
     int const key = work.k_begin + first_key, keys = work.seqlen_k - first_key;
-    load<T::kKeys, T::kPanels>(sh.k, p.k, sh.k_ready, key, keys, work.kv_head, batch_k, once);
+    load<T::kKeys, T::kPanels>(sh.k[slot], p.k, sh.k_ready[slot], key, keys, work.kv_head, batch_k,
+                               once);
     bool fresh = true;
     auto load_step = [&](int head, int m) {
       int64_t const stats = int64_t{head * p.head_blocks + work.stats + m} * T::kBlockM;
       int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
       int const rows = work.seqlen_q - m * T::kBlockM;
       load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
-                                   shared_by_tiles, sh.minus_lse[s], p.minus_lse + stats);
+                                   shared_by_tiles, sh.minus_lse[s],
+                                   stat_rows(p.minus_lse, p.lse_parts) + stats);
       if (fresh) {
         sh.v_free.wait(parity);
         load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k, once);
@@ -168,7 +175,8 @@ struct Kernel {
         fresh = false;
       }
       load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head, batch_q,
-                                    shared_by_tiles, sh.minus_delta[s], p.minus_delta + stats);
+                                    shared_by_tiles, sh.minus_delta[s],
+                                    stat_rows(p.minus_delta, p.delta_parts) + stats);
       ring.advance();
     };
     if constexpr (T::kLists) {
@@ -192,19 +200,27 @@ struct Kernel {
     }
   }
 
+  FC_DEVICE static const Stat* stat_rows(const float* plain, const StatParts* parts) {
+    if constexpr (T::kStatProducts)
+      return parts;
+    else
+      return plain;
+  }
+
   // kRows rows from column `col` on, one box per panel, and the rows' statistics if there are any.
   // Rows past the end of the sequence become zeros, whatever is there: what they are multiplied
   // with is zero, and 0 * NaN is not. Columns past the end do, too.
   template <int kRows, int kPanels>
   FC_DEVICE static void load(char* smem, const TensorMaps& maps, Barrier& ready, int row, int valid,
-                             int head, int batch, uint64_t policy, float* stats = nullptr,
-                             const float* global_stats = nullptr, int col = 0) {
-    ready.arrive_expect(kRows * kPanels * kPanelBytes + (stats ? kRows * 4 : 0));
+                             int head, int batch, uint64_t policy, Stat* stats = nullptr,
+                             const Stat* global_stats = nullptr, int col = 0) {
+    constexpr int kStatBytes = kRows * int{sizeof(Stat)};
+    ready.arrive_expect(kRows * kPanels * kPanelBytes + (stats ? kStatBytes : 0));
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       load_rows(smem + panel * kRows * kPanelBytes, maps, ready, kRows, col + panel * kPanelCols,
                 row, valid, head, batch, policy);
-    if (stats) bulk_load(stats, global_stats, kRows * 4, ready);
+    if (stats) bulk_load(stats, global_stats, kStatBytes, ready);
   }
 
   // ---- consumers --------------------------------------------------------------------------------
@@ -214,53 +230,88 @@ struct Kernel {
     Ring ring = Ring::consumer();
     int const rank = T::kByCluster ? cluster_rank() : 0;
     tile::Ring<T::kDsBuffers> ds = tile::Ring<T::kDsBuffers>::consumer();
-    for (uint32_t parity = 0;; parity ^= 1) {
-      sh.k_ready.wait(parity);
-      if (sh.work.key < 0) break;
+    auto tiles = tile::Ring<T::kTilesOfK>::consumer();
+    for (uint32_t parity = 0;; parity ^= 1, tiles.advance()) {
+      sh.k_ready[tiles.stage].wait(tiles.parity);
+      if (sh.work[tiles.stage].key < 0) break;
       typename T::GradientTile gradients[T::kByKeys ? 2 : 1];
       auto &rdK = gradients[0], &rdV = gradients[T::kByKeys ? 1 : 0];
 #pragma unroll
       for (int i = 0; i < T::kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.0f;
-      Consumer<T> const c{p, sh, consumer, rank, ring, ds, rdK, rdV};
-      if (sh.work.empty())
-        c.release(sh.v_free);
-      else if constexpr (T::kByKeys)
-        StepsByKeys<T>::run(c, parity);
-      else if (consumer == 0)
-        Steps<true>::run(c, parity);
+      Consumer<T> const c{p, sh, consumer, rank, tiles.stage, ring, ds, rdK, rdV};
+      if constexpr (T::kByKeys)
+        tile_by_keys(c, parity);
       else
-        Steps<false>::run(c, parity);
-      Work const work = sh.work;
-      __syncwarp();
-      c.release(sh.k_free);
-      store(p, sh, work, consumer, rank, rdK, rdV);
+        tile_of_one(c, parity);
     }
+    if (T::kByKeys && threadIdx.x % 32 == 0) tma_store_wait_read();
     if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
     if constexpr (T::kByCluster) cluster_sync();  // the other block may still arrive here
   }
 
-  FC_DEVICE static void store(const BwdParams& p, Shared& sh, const Work& work, int consumer,
-                              int rank, const typename T::GradientTile& rdK,
-                              const typename T::GradientTile& rdV) {
-    int const key = work.key + T::first_key(consumer, rank);
-    int redo = 0;  // bit 0: dK, bit 1: dV
-    auto put = [&](const Matrix& to, const typename T::GradientTile& x, float scale, int cols,
-                   int bit) {
-      if (!to.data) return;
-      if (p.redo_keys && broken(x))
-        redo |= bit;
-      else
-        store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
-                            int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key,
-                            0, cols);
-    };
-    if (T::kByKeys || consumer == 0)
-      put(p.dv, rdV, T::kTerms ? p.dropout_scale : 1.0f, p.head_dim_v, 2);
-    if (T::kByKeys || consumer == 1) put(p.dk, rdK, p.scale, p.head_dim, 1);
-    if (p.redo_keys && threadIdx.x % 32 == 0) {
+  // A tile whose keys are divided among the consumers. Each stores its gradients by way of its own
+  // rows of V: dV before dQ of the last step, for which it may have to wait.
+  FC_DEVICE static void tile_by_keys(const Consumer<T>& c, uint32_t parity) {
+    int redo = 0;
+    bool const empty = c.work().empty();
+    typename Consumer<T>::Step last{};
+    if (!empty) last = StepsByKeys<T>::run(c, parity);
+    redo |= store_dv(c, c.work());
+    if (!empty) StepsByKeys<T>::finish(c, last);
+    redo |= store_dk(c, c.work());
+    note_redo(c, c.work(), redo);
+    c.release(c.sh.k_free[c.tile]);
+    if (threadIdx.x % 32 == 0) tma_store_wait_read();
+    c.release(c.sh.v_free);
+  }
+  // One whose gradients are: the first consumer has dV, the second dK.
+  FC_DEVICE static void tile_of_one(const Consumer<T>& c, uint32_t parity) {
+    if (c.work().empty())
+      c.release(c.sh.v_free);
+    else if (c.index == 0)
+      Steps<true>::run(c, parity);
+    else
+      Steps<false>::run(c, parity);
+    Work const work = c.work();
+    __syncwarp();
+    c.release(c.sh.k_free[c.tile]);
+    note_redo(c, work, c.index == 0 ? store_dv(c, work) : store_dk(c, work));
+  }
+
+  // Which of the two this warp leaves to repair: bit 1.
+  FC_DEVICE static int store_dv(const Consumer<T>& c, const Work& work) {
+    float const scale = T::kTerms ? c.p.dropout_scale : 1.0f;
+    return store(c, work, c.p.dv, c.p.dv_boxes, c.rdV, scale, c.p.head_dim_v) ? 2 : 0;
+  }
+  // Bit 0.
+  FC_DEVICE static int store_dk(const Consumer<T>& c, const Work& work) {
+    return store(c, work, c.p.dk, c.p.dk_boxes, c.rdK, c.p.scale, c.p.head_dim) ? 1 : 0;
+  }
+  // True: it is not finite, and a mask may be to blame.
+  FC_DEVICE static bool store(const Consumer<T>& c, const Work& work, const Matrix& to,
+                              const CUtensorMap& boxes, const typename T::GradientTile& x,
+                              float scale, int cols) {
+    const BwdParams& p = c.p;
+    if (!to.data) return false;
+    if (p.redo_keys && broken(x)) return true;
+    if (T::kByKeys && p.boxes) {
+      int const key = work.key + c.warp_key();
+      store_boxes<Element, T::kKeys>(boxes, to, p.cu_seqlens_k, c.sh.v, c.warp_key(), x, scale,
+                                     work.batch, work.kv_head, work.k_begin + key,
+                                     work.seqlen_k - key, work.written_k - key, cols);
+    } else {
+      int const key = work.key + T::first_key(c.index, c.rank);
+      store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
+                          int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key, 0,
+                          cols);
+    }
+    return false;
+  }
+  FC_DEVICE static void note_redo(const Consumer<T>& c, const Work& work, int redo) {
+    if (c.p.redo_keys && threadIdx.x % 32 == 0) {
       int const warp = threadIdx.x / 32 - 4;
-      *redo_keys<T>(p, work, rank, warp) = static_cast<uint8_t>(redo);
-      if (redo) sh.redo[warp] = true;
+      *redo_keys<T>(c.p, work, c.rank, warp) = static_cast<uint8_t>(redo);
+      if (redo) c.sh.redo[warp] = true;
     }
     __syncwarp();
   }
@@ -297,9 +348,11 @@ struct Kernel {
   FC_DEVICE static void init_barriers(const BwdParams& p, Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
     for (bool& redo : sh.redo) redo = false;
-    sh.k_ready.init(1);
+    for (int t = 0; t < T::kTilesOfK; ++t) {
+      sh.k_ready[t].init(1);
+      sh.k_free[t].init(kConsumerWarps + (p.turns ? T::kConsumers : 0));
+    }
     sh.v_ready.init(1);
-    sh.k_free.init(kConsumerWarps + (p.turns ? T::kConsumers : 0));
     sh.v_free.init(kConsumerWarps);
     sh.peer_k_ready.init(1);
     sh.next_ready.init(1);

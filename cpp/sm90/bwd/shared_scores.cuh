@@ -17,17 +17,18 @@ struct SharedScores {
   // terms, S^T and dP^T. Issued, not waited for.
   FC_DEVICE static void issue_s(const Consumer& c, typename T::ScoreTile& rS) {
     c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
-    if constexpr (!T::kTerms) set_columns(rS, c.sh.minus_lse[c.ring.stage] + c.index * kQueries);
+    if constexpr (T::kFromStats) set_columns(rS, c.sh.minus_lse[c.ring.stage] + c.index * kQueries);
     wgmma_fence();
-    gemm_abt<Element, kQueries, T::kHeadDim, T::kBlockN, T::kBlockM, !T::kTerms>(
-        rS, c.sh.k, c.sh.q[c.ring.stage] + c.index * kQueries * kPanelBytes);
+    gemm_abt<Element, kQueries, T::kHeadDim, T::kBlockN, T::kBlockM, T::kFromStats>(
+        rS, c.k(), c.sh.q[c.ring.stage] + c.index * kQueries * kPanelBytes);
     wgmma_commit();
   }
   FC_DEVICE static void issue_dp(const Consumer& c, typename T::ScoreTile& rdP) {
     c.sh.dout_ready[c.ring.stage].wait(c.ring.parity);
-    if constexpr (!T::kTerms) set_columns(rdP, c.sh.minus_delta[c.ring.stage] + c.index * kQueries);
+    if constexpr (T::kFromStats)
+      set_columns(rdP, c.sh.minus_delta[c.ring.stage] + c.index * kQueries);
     wgmma_fence();
-    gemm_abt<Element, kQueries, T::kHeadDimV, T::kBlockN, T::kBlockM, !T::kTerms>(
+    gemm_abt<Element, kQueries, T::kHeadDimV, T::kBlockN, T::kBlockM, T::kFromStats>(
         rdP, c.sh.v, c.sh.dout[c.ring.stage] + c.index * kQueries * kPanelBytes);
     wgmma_commit();
   }

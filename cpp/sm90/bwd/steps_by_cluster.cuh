@@ -69,17 +69,17 @@ struct StepsByCluster {
   // waited for.
   FC_DEVICE static void issue_s(const Consumer& c, ScoreTile& rS) {
     c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
-    if constexpr (!T::kTerms) set_columns(rS, c.sh.minus_lse[c.ring.stage]);
+    if constexpr (T::kFromStats) set_columns(rS, c.sh.minus_lse[c.ring.stage]);
     wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kKeys, T::kBlockM, !T::kTerms>(
-        rS, c.sh.k, c.sh.q[c.ring.stage]);
+    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kKeys, T::kBlockM, T::kFromStats>(
+        rS, c.k(), c.sh.q[c.ring.stage]);
     wgmma_commit();
   }
   FC_DEVICE static void issue_dp(const Consumer& c, ScoreTile& rdP) {
     c.sh.dout_ready[c.ring.stage].wait(c.ring.parity);
-    if constexpr (!T::kTerms) set_columns(rdP, c.sh.minus_delta[c.ring.stage]);
+    if constexpr (T::kFromStats) set_columns(rdP, c.sh.minus_delta[c.ring.stage]);
     wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDimV, T::kKeys, T::kBlockM, !T::kTerms>(
+    gemm_abt<Element, T::kBlockM, T::kHeadDimV, T::kKeys, T::kBlockM, T::kFromStats>(
         rdP, c.sh.v, c.sh.dout[c.ring.stage]);
     wgmma_commit();
   }
@@ -98,7 +98,7 @@ struct StepsByCluster {
     c.sh.ds_ready[0].wait(parity);
     wgmma_fence();
     gemm_ab<Element, kCols, T::kKeys, T::kBlockM>(
-        rdQ, c.sh.ds[0], c.sh.k + (c.rank * T::kPeerPanels + panel) * kPanelSize);
+        rdQ, c.sh.ds[0], c.k() + (c.rank * T::kPeerPanels + panel) * kPanelSize);
     gemm_ab<Element, kCols, T::kKeys, T::kBlockM, true>(rdQ, c.sh.peer_ds,
                                                         c.sh.peer_k + panel * kPanelSize);
     wgmma_commit();

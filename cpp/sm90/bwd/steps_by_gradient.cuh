@@ -42,7 +42,7 @@ struct StepsByGradient {
   FC_DEVICE static void issue_dq(const Consumer& c, DqPanel& rdQ, int buffer, int panel) {
     wgmma_fence();
     gemm_ab<Element, kPanelCols, T::kBlockN, T::kBlockM>(
-        rdQ, c.sh.ds[buffer], c.sh.k + (T::Dq::panel(kIndex) + panel) * T::kBlockN * kPanelBytes);
+        rdQ, c.sh.ds[buffer], c.k() + (T::Dq::panel(kIndex) + panel) * T::kBlockN * kPanelBytes);
     wgmma_commit();
   }
   template <int kPanel>

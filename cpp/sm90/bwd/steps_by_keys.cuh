@@ -21,13 +21,13 @@ struct StepsByKeys {
 
   static_assert(T::kDsBuffers == 2);  // or a buffer would not tell the parity of a step's number
 
-  FC_DEVICE static void run(const Consumer& c, uint32_t parity) {
+  // All but dQ of the last step, which is returned: dV is complete before it.
+  FC_DEVICE static Step run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
     if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
-    score(c, rS);
+    issue_s(c, rS);
     wgmma_wait<0>();
     pin(rS);
-    set_dp(c, rdP);
     c.sh.v_ready.wait(parity);
 
     Step at = c.first_step();
@@ -37,37 +37,42 @@ struct StepsByKeys {
       first = false;
     }
     step<false>(c, rS, rdP, at, first);
-    auto& rdQ = reinterpret_cast<typename T::DqProduct&>(rdP);
+    pin(c.rdK);
+    pin(c.rdV);
+    return at;
+  }
+  FC_DEVICE static void finish(const Consumer& c, Step at) {
+    typename T::DqProduct rdQ;
     wait_ds(c);
     issue_dq(c, rdQ);
     wgmma_wait<0>();
     pin(rdQ);
-    pin(c.rdK);
-    pin(c.rdV);
     c.release(c.sh.ds_free[c.ds.stage ^ 1]);
     put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ,
         c.ds.stage ^ 1);
   }
 
  private:
-  // Issues S^T - lse / scale for the ring's stage; with terms, S^T.
-  FC_DEVICE static void score(const Consumer& c, typename T::ScoreTile& rS) {
-    c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
-    if constexpr (!T::kTerms) set_columns(rS, c.sh.minus_lse[c.ring.stage]);
-    wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, !T::kTerms>(
-        rS, c.sh.k + 64 * c.index * kPanelBytes, c.sh.q[c.ring.stage]);
-    wgmma_commit();
-  }
-  // What dP^T of the ring's stage is added to.
-  FC_DEVICE static void set_dp(const Consumer& c, typename T::ScoreTile& rdP) {
-    c.sh.dout_ready[c.ring.stage].wait(c.ring.parity);
-    if constexpr (!T::kTerms) set_columns(rdP, c.sh.minus_delta[c.ring.stage]);
+  // Issues S^T - lse / scale and dP^T - delta for the ring's stage; with terms, S^T and dP^T.
+  FC_DEVICE static void issue_s(const Consumer& c, typename T::ScoreTile& rS) {
+    int const stage = c.ring.stage;
+    c.sh.q_ready[stage].wait(c.ring.parity);
+    issue_scores(c, rS, c.k(), c.sh.q[stage], c.sh.minus_lse[stage]);
   }
   FC_DEVICE static void issue_dp(const Consumer& c, typename T::ScoreTile& rdP) {
+    int const stage = c.ring.stage;
+    c.sh.dout_ready[stage].wait(c.ring.parity);
+    issue_scores(c, rdP, c.sh.v, c.sh.dout[stage], c.sh.minus_delta[stage]);
+  }
+  FC_DEVICE static void issue_scores(const Consumer& c, typename T::ScoreTile& scores,
+                                     const char* keys, const char* queries,
+                                     const typename T::Stat* stats) {
+    uint32_t ones[2];
+    if constexpr (T::kStatProducts) three_ones(ones);
     wgmma_fence();
-    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM, !T::kTerms>(
-        rdP, c.sh.v + 64 * c.index * kPanelBytes, c.sh.dout[c.ring.stage]);
+    gemm_abt<Element, T::kBlockM, T::kHeadDim, T::kBlockN, T::kBlockM>(
+        scores, keys + 64 * c.index * kPanelBytes, queries);
+    if constexpr (T::kStatProducts) gemm_ones<T::kBlockM>(scores, ones, stats);
     wgmma_commit();
   }
   // Waits for the dS that was stored last, of all consumers.
@@ -80,7 +85,7 @@ struct StepsByKeys {
     wgmma_fence();
     gemm_ab<Element, T::Dq::kProductCols, T::kBlockN, T::kBlockM>(
         rdQ, c.sh.ds[buffer] + T::Dq::row(c.index) * kPanelBytes,
-        c.sh.k + T::Dq::panel(c.index) * T::kBlockN * kPanelBytes);
+        c.k() + T::Dq::panel(c.index) * T::kBlockN * kPanelBytes);
     wgmma_commit();
   }
   FC_DEVICE static void put(const Consumer& c, int head, int m, float* sums,
@@ -92,10 +97,10 @@ struct StepsByKeys {
     c.pass_turn();
   }
 
-  // The step whose S^T is complete in rS, with rdP set. With kNext there is a step after it, which
-  // is returned, and whose S^T and rdP are left behind. first: of the tile. It has no dQ of a step
-  // before to compute, but a product that is issued under a condition makes ptxas wait after all of
-  // them; so it computes one of whatever is in the buffer, and drops it.
+  // The step whose S^T is complete in rS. With kNext there is a step after it, which is returned,
+  // and whose S^T is left behind. first: of the tile. It has no dQ of a step before to compute, but
+  // a product that is issued under a condition makes ptxas wait after all of them; so it computes
+  // one of whatever is in the buffer, and drops it.
   template <bool kNext>
   FC_DEVICE static Step step(const Consumer& c, typename T::ScoreTile& rS,
                              typename T::ScoreTile& rdP, Step at, bool first) {
@@ -131,8 +136,7 @@ struct StepsByKeys {
     c.ds.advance();
     c.ring.advance();
     c.release(sh.free[stage]);
-    if constexpr (!kNext) c.release(sh.v_free);
-    if constexpr (kNext) score(c, rS);
+    if constexpr (kNext) issue_s(c, rS);
     auto const [head, m] = c.before(at);
     float* const sums = dq_sums<T, 0>(c.p, c.work(), c.index, head, m);
     Step const next = kNext ? c.step_after(at) : at;
@@ -143,7 +147,6 @@ struct StepsByKeys {
       put(c, head, m, sums, rdQ, c.ds.stage);
     }
     if constexpr (kNext) {
-      set_dp(c, rdP);
       wgmma_wait<0>();
       pin(rS);
     }

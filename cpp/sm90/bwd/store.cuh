@@ -1,7 +1,9 @@
 // From accumulators to rows in global memory, in either dtype, set or added.
 #pragma once
 #include "sm90/bwd/config.h"
+#include "sm90/layout.h"
 #include "sm90/ptx/registers.cuh"
+#include "sm90/ptx/tma.cuh"
 
 namespace flashcore::sm90::bwd {
 
@@ -69,6 +71,53 @@ FC_DEVICE void store_chunks(const Matrix& m, const float (&x)[N], float scale, i
         *reinterpret_cast<uint4*>(to + 8 * g) = {chunk[0], chunk[1], chunk[2], chunk[3]};
     }
   }
+}
+
+// The same by way of shared memory, a warp's 16 rows: in panels of kRows rows, from row `first` on,
+// which are this warp's own. The copy engine writes them while the warp goes on, and leaves out
+// what is past the end of the tensor. Where a packed sequence ends it does not know: there ordinary
+// stores do.
+template <class Element, int kRows, int N>
+FC_DEVICE void store_boxes(const CUtensorMap& map, const Matrix& m, bool packed, char* panels,
+                           int first, const float (&x)[N], float scale, int batch, int head,
+                           int row, int valid, int rows, int cols) {
+  int const lane = threadIdx.x % 32, matrix = lane / 8;
+  bool const kept[] = {lane / 4 < valid, lane / 4 + 8 < valid};
+  if (lane == 0) tma_store_wait_read();  // what was stored before has left
+  __syncwarp();
+  uint32_t const base = smem_address(panels);
+#pragma unroll
+  for (int g = 0; g < N / 8; ++g) {  // of 16 columns
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const pair = &x[8 * g + 2 * i];
+      pairs[i] = kept[i % 2] ? pack<Element>(pair[0] * scale, pair[1] * scale) : 0;
+    }
+    store_matrix_x4(base + g / 4 * kRows * kPanelBytes +
+                        swizzled_offset(first + lane % 8 + matrix % 2 * 8, g % 4 * 2 + matrix / 2),
+                    pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+  fence_async_shared();
+  __syncwarp();
+  bool const cut = packed && rows < kStoredRows;
+  if (lane == 0 && !cut) {
+#pragma unroll
+    for (int panel = 0; panel < ceil_div(2 * N, kPanelCols); ++panel)
+      if (panel * kPanelCols < cols)
+        tma_store(map, panels + (panel * kRows + first) * kPanelBytes, panel * kPanelCols, row,
+                  head, packed ? 0 : batch);
+    tma_store_commit();
+  }
+  Element* const to = row_address<Element>(m, packed ? 0 : batch, head, row, 0);
+  for (int i = lane; cut && i < rows * (N / 4); i += 32) {  // 16 bytes each
+    int const r = i / (N / 4), col = i % (N / 4) * 8;
+    if (col < cols)
+      *reinterpret_cast<uint4*>(to + r * m.row_stride + col) =
+          *reinterpret_cast<const uint4*>(panels + col / kPanelCols * kRows * kPanelBytes +
+                                          swizzled_offset(first + r, col % kPanelCols / 8));
+  }
+  __syncwarp();
 }
 
 // A 64 x N accumulator times scale, to (or added to) rows [row, row + rows) and columns

@@ -21,14 +21,15 @@ struct PlainScores {
   // query: the first of s, of the sequence.
   template <int N>
   FC_DEVICE static void probabilities(const Consumer<T>& c, float (&s)[N],
-                                      uint32_t (&packed)[N / 2], Step at, int query, const float*) {
+                                      uint32_t (&packed)[N / 2], Step at, int query,
+                                      const typename T::Stat*) {
     if (at.masked) exclude(s, c.keys(at), query, -INFINITY);
     exponentiate(s, c.p.scale_log2);
     pack_tile<Element>(packed, s);
   }
   template <int N>
   FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N],
-                                  Step at, int query, const float*) {
+                                  Step at, int query, const typename T::Stat*) {
     differentiate(dp, s);
     if (at.masked) exclude(dp, c.keys(at), query, 0.0f);
   }

@@ -47,6 +47,16 @@ struct Traits {
   // Queries whose scores a consumer computes, against its 64 keys.
   static constexpr int kScoreQueries = kConfig.by_gradient() ? kBlockM / kConsumers : kBlockM;
 
+  // How -lse and -delta get into S and dP: as products; or these start from them; or, with terms,
+  // after those.
+  static constexpr bool kStatProducts = kConfig.stat_products();
+  static constexpr bool kFromStats = !kTerms && !kStatProducts;
+  using Stat = std::conditional_t<kStatProducts, StatParts, float>;
+
+  // Tiles whose K is there. With two, a consumer that is done with one begins the next, while
+  // another still makes dQ of the last step.
+  static constexpr int kTilesOfK = kByKeys && kHeadDim <= 64 ? 2 : 1;
+
   using Dq = DqLayout<kBlockM, kHeadDim, kConsumers * kCluster>;
   // Which of the consumers of all blocks of a cluster.
   static FC_HD constexpr int dq_part(int consumer, int rank) {
@@ -62,10 +72,9 @@ struct Traits {
   static constexpr int kPeerPanels = kPanels / 2;  // of the other block's K that dQ takes here
   static constexpr int kDsBytes = kBlockM * kKeys * 2;
   static constexpr int kDsBuffers = kByCluster ? 1 : 2;
-  static constexpr int kStatBytes = kBlockM * 4;
 
   struct Shared {
-    alignas(1024) char k[kKBytes];
+    alignas(1024) char k[kTilesOfK][kKBytes];
     alignas(1024) char v[kVBytes];
     alignas(1024) char q[kStages][kQBytes];
     alignas(1024) char dout[kStages][kDoutBytes];
@@ -76,13 +85,13 @@ struct Traits {
     // The other block's dS, and the columns of its K that dQ takes here.
     alignas(kByCluster ? 1024 : 1) char peer_ds[kByCluster ? kDsBytes : 1];
     alignas(kByCluster ? 1024 : 1) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
-    alignas(128) float minus_lse[kStages][kBlockM];
-    alignas(128) float minus_delta[kStages][kBlockM];
-    Work work, next;
+    alignas(128) Stat minus_lse[kStages][kBlockM];
+    alignas(128) Stat minus_delta[kStages][kBlockM];
+    Work work[kTilesOfK], next;
     KeyTiles tiles;
     bool redo[4 * kConsumers];  // whether a warp has something to repair
     tile::DropoutKey dropout;   // of the call
-    Barrier k_ready, v_ready, k_free, v_free;
+    Barrier k_ready[kTilesOfK], k_free[kTilesOfK], v_ready, v_free;
     Barrier ds_ready[kDsBuffers], ds_free[kDsBuffers], p_ready, peer_k_ready;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
     Barrier turn[kConsumers], added[kConsumers];  // of steps; see dq_order.cuh

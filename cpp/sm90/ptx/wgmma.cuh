@@ -63,6 +63,22 @@ FC_DEVICE void gemm_pb(float (&o)[N / 2], const uint32_t (&p)[kDepth / 4], const
                                 db + ((k * 16 * kPanelBytes) >> 4));
 }
 
+// The A operand that is 1 in its first three columns and 0 in the others: registers 0 and 1, 2 and
+// 3. To be made before wgmma_fence().
+FC_DEVICE void three_ones(uint32_t (&a)[2]) {
+  int const pair = threadIdx.x % 4;  // of columns
+  a[0] = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x3f80u : 0u;
+  a[1] = 0;
+  pin(a);
+}
+// C (64 x N) += A B^T, to every row the sums of the first three columns of B. A: three_ones(); B: N
+// rows of 8 bfloat16, none of them infinite or NaN but those that C is to be.
+template <int N>
+FC_DEVICE void gemm_ones(float (&c)[N / 2], const uint32_t (&a)[2], const void* b) {
+  Wgmma<__nv_bfloat16, N>::template rs<0>(c, a[0], a[0], a[1], a[1],
+                                          narrow_descriptor() | descriptor_address(b));
+}
+
 // C (64 x N) = A B. A: this warpgroup's row 0 of rows_a x kDepth panels, K-major; B: kDepth rows,
 // MN-major, from the panel of its first column on. Both in shared memory. With kAdd, C += A B.
 template <class T, int N, int kDepth, int kRowsA, bool kAdd = false>

@@ -1,5 +1,8 @@
 // Index maths of the Hopper backward kernels: where rows are in the workspace, which tiles a block
 // takes, boxes that stop where a sequence does. No GPU.
+#include <bit>
+#include <cmath>
+#include <limits>
 #include <map>
 #include <random>
 #include <set>
@@ -13,6 +16,7 @@
 #include "sm90/bwd/key_tiles.h"
 #include "sm90/bwd/list_steps.h"
 #include "sm90/bwd/query_blocks.h"
+#include "sm90/bwd/stat_parts.h"
 #include "sm90/layout.h"
 
 using namespace flashcore;
@@ -195,6 +199,27 @@ void check_dq_layout() {
 }
 
 }  // namespace
+
+TEST("a statistic is the sum of its parts, exactly, and none of them is infinite where it is not") {
+  std::mt19937 random(5);
+  std::vector<float> values{0.0f, -0.0f, 1.0f, -88.5f, 3.4e38f, 1.2e-30f, StatParts::kNever};
+  for (int i = 0; i < 10000; ++i)
+    values.push_back(std::ldexp(static_cast<float>(random()) / 4294967296.0f - 0.5f,
+                                static_cast<int>(random() % 60) - 30));
+  auto value = [](uint16_t part) { return std::bit_cast<float>(uint32_t{part} << 16); };
+  for (float x : values) {
+    StatParts const parts = StatParts::of(x);
+    float sum = 0.0f;
+    for (int i = StatParts::kCount; i-- > 0;) sum += value(parts.part[i]);
+    CHECK_EQ(sum, x);
+    for (int i = 0; i < 8; ++i) CHECK(std::isfinite(value(parts.part[i])));
+    for (int i = StatParts::kCount; i < 8; ++i) CHECK_EQ(parts.part[i], 0);
+  }
+  float const infinity = std::numeric_limits<float>::infinity();
+  CHECK_EQ(value(StatParts::of(-infinity).part[0]), -infinity);
+  CHECK_EQ(StatParts::of(-infinity).part[1], 0);
+  CHECK(std::isnan(value(StatParts::of(std::nanf("1")).part[0])));
+}
 
 TEST("the consumers' parts of dQ are the tile, and its sums fill their memory") {
   check_dq_layout<128, 32>();

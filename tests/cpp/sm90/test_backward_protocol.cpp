@@ -21,15 +21,15 @@ constexpr int kNoWork = -2;
 template <int kStages>
 struct Backward : Machine {
   enum BarrierId {
-    k_ready,
-    v_ready,
-    k_free,
+    k_ready,  // two each, of which kernels that do not divide keys have one
+    k_free = 2,
+    v_ready = 4,
     v_free,
     met,
     head_start,
     ds_ready,
-    ds_free = 8,
-    next_ready = 10,
+    ds_free = 10,
+    next_ready = 12,
     next_free,
     stages
   };
@@ -38,7 +38,9 @@ struct Backward : Machine {
   static constexpr int free_(int s) { return stages + 2 * kStages + s; }
   static constexpr int turn(int consumer) { return stages + 3 * kStages + consumer; }
   static constexpr int added(int consumer) { return turn(2) + consumer; }
-  enum BufferId { k, v, work, tiles };
+  enum BufferId { k, work = 2, v = 4, tiles = v + kWarps };
+  // A warp's rows of V, by way of which it stores its gradients where keys are divided.
+  static constexpr int v_rows(int warp) { return v + warp; }
   static constexpr int q(int s) { return tiles + s; }
   static constexpr int dout(int s) { return tiles + kStages + s; }
   // A warp's part of one of the two buffers of dS, or of P.
@@ -64,38 +66,50 @@ struct Backward : Machine {
   // steps[t]: steps of tile t; may be 0.
   Backward(Steps kind, const std::vector<int>& steps, With with) {
     bool const ordered = with == With::turns, lists = with == With::lists;
+    tiles_of_k = kind == Steps::by_keys ? 2 : 1;
     for (int b = 0; b < added(2); ++b) {
-      bool const ready = b == k_ready || b == v_ready || b == next_ready || b == next_free ||
+      bool const of_k_free = b == k_free || b == k_free + 1;
+      bool const ready = b == k_ready || b == k_ready + 1 || b == next_ready || b == next_free ||
                          (b >= stages && b < free_(0)) || (b >= turn(0) && b < turn(2));
       bool const of_one = b == head_start || b >= added(0);
-      barriers.emplace_back(ready                    ? 1
-                            : of_one                 ? kWarps / 2
-                            : b == k_free && ordered ? kWarps + 2
-                                                     : kWarps);
+      barriers.emplace_back(ready                  ? 1
+                            : of_one               ? kWarps / 2
+                            : of_k_free && ordered ? kWarps + 2
+                                                   : kWarps);  // V comes in as many pieces
     }
     buffers.resize(next() + 1);
-    programs.push_back(producer(steps, lists));
+    programs.push_back(producer(steps, lists, tiles_of_k));
     for (int w = 0; w < kWarps; ++w)
-      programs.push_back(Warp{kind, w, ordered, {}, {}}.program(steps));
+      programs.push_back(Warp{kind, w, ordered, tiles_of_k}.program(steps));
     if (ordered)
-      for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer));
+      for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer, tiles_of_k));
     if (lists) programs.push_back(finder(static_cast<int>(steps.size())));
   }
 
+  int tiles_of_k;
+
+  // The place of tile t's K and Work, and the parity with which consumers wait for it.
+  struct Slot {
+    int index;
+    uint32_t parity;
+    Slot(int t, int slots) : index(t % slots), parity(t / slots % 2) {}
+  };
+
   // Of the order, for one consumer.
-  static Program keeper(const std::vector<int>& steps, int consumer) {
+  static Program keeper(const std::vector<int>& steps, int consumer, int slots) {
     Program program;
-    uint32_t parity = 0, parity_of_step = 0;
+    uint32_t parity_of_step = 0;
     auto read = [&](int buffer, int value) {
       program.push_back({Op::begin_read, -1, buffer, 0, value});
       program.push_back({Op::end_read, -1, buffer});
     };
-    for (int t = 0;; ++t, parity ^= 1) {
+    for (int t = 0;; ++t) {
       bool const last = t == static_cast<int>(steps.size());
-      program.push_back({Op::wait, k_ready, -1, parity});
-      read(work, last ? kNoWork : t);
+      Slot const slot(t, slots);
+      program.push_back({Op::wait, k_ready + slot.index, -1, slot.parity});
+      read(work + slot.index, last ? kNoWork : t);
       if (last) return program;
-      program.push_back({Op::arrive, k_free});
+      program.push_back({Op::arrive, k_free + slot.index});
       for (int i = 0; i < steps[t]; ++i, parity_of_step ^= 1) {
         program.push_back({Op::write, -1, told(consumer), 0, value(t, i, 7)});
         program.push_back({Op::arrive, turn(consumer)});
@@ -116,7 +130,7 @@ struct Backward : Machine {
     return program;
   }
 
-  static Program producer(const std::vector<int>& steps, bool lists) {
+  static Program producer(const std::vector<int>& steps, bool lists, int slots) {
     Program program;
     auto wait = [&](int barrier, uint32_t parity) {
       program.push_back({Op::wait, barrier, -1, parity});
@@ -127,8 +141,9 @@ struct Backward : Machine {
     auto ring = Ring<kStages>::producer();
     uint32_t parity = 1;
     auto begin_next = [&](int tile) {
+      Slot const slot(tile, slots);
       if (lists) wait(next_ready, parity ^ 1);
-      wait(k_free, parity);
+      wait(k_free + slot.index, slot.parity ^ 1);
       if (lists) program.push_back({Op::begin_read, -1, next(), 0, tile});
     };
     auto end_next = [&] {
@@ -138,15 +153,16 @@ struct Backward : Machine {
     };
     for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
       begin_next(t);
-      program.push_back({Op::write, -1, work, 0, t});
+      int const slot = t % slots;
+      program.push_back({Op::write, -1, work + slot, 0, t});
       if (steps[t] == 0) {
         end_next();
         wait(v_free, parity);
-        program.push_back({Op::arrive, k_ready});
-        program.push_back({Op::arrive, v_ready});
+        program.push_back({Op::arrive, k_ready + slot});
+        for (int w = 0; w < kWarps; ++w) program.push_back({Op::arrive, v_ready});
         continue;
       }
-      load(k_ready, k, value(t, 0, 0));
+      load(k_ready + slot, k + slot, value(t, 0, 0));
       end_next();
       for (int i = 0; i < steps[t]; ++i) {
         wait(free_(ring.stage), ring.parity);
@@ -154,15 +170,16 @@ struct Backward : Machine {
         load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
         if (i == 0) {
           wait(v_free, parity);
-          load(v_ready, v, value(t, 0, 1));
+          for (int w = 0; w < kWarps; ++w) load(v_ready, v_rows(w), value(t, 0, 1));
         }
         load(dout_ready(ring.stage), dout(ring.stage), value(t, i, 3));
         ring.advance();
       }
     }
-    begin_next(static_cast<int>(steps.size()));
-    program.push_back({Op::write, -1, work, 0, kNoWork});
-    program.push_back({Op::arrive, k_ready});
+    int const end = static_cast<int>(steps.size()), slot = end % slots;
+    begin_next(end);
+    program.push_back({Op::write, -1, work + slot, 0, kNoWork});
+    program.push_back({Op::arrive, k_ready + slot});
     return program;
   }
 
@@ -175,7 +192,8 @@ struct Backward : Machine {
     Steps kind;
     int index;
     bool ordered;
-    Program out;
+    int slots;  // tiles whose K is there
+    Program out{};
     Ring<kStages> ring = Ring<kStages>::consumer();
     Ring<2> parts = Ring<2>::consumer();  // the buffer of dS that is written next
     uint32_t meetings = 0, tiles_begun = 0;
@@ -221,22 +239,52 @@ struct Backward : Machine {
       uint32_t parity = 0;
       for (int t = 0;; ++t, parity ^= 1) {
         bool const last = t == static_cast<int>(steps.size());
-        wait(k_ready, parity);
-        begin({{work, last ? kNoWork : t}});
-        end({{work, 0}});
+        Slot const slot(t, slots);
+        wait(k_ready + slot.index, slot.parity);
+        read(work + slot.index, last ? kNoWork : t);
         if (last) return out;
+        if (kind == Steps::by_keys) {
+          if (steps[t] > 0) steps_by_keys(t, steps[t], parity);
+          store(t, 5);  // dV
+          if (steps[t] > 0) last_dq(t, steps[t]);
+          end({{v_rows(index), value(t, 0, 5)}});  // it has left
+          store(t, 7);                             // dK
+          read(work + slot.index, t);
+          arrive(k_free + slot.index);
+          end({{v_rows(index), value(t, 0, 7)}});
+          arrive(v_free);
+          continue;
+        }
         if (steps[t] == 0)
           arrive(v_free);
-        else if (kind == Steps::by_keys)
-          steps_by_keys(t, steps[t], parity);
         else
           steps_with_shared_scores(t, steps[t], parity);
         arrive(k_free);
       }
     }
+    // The copy engine reads the warp's rows from now on.
+    void store(int t, int tensor) {
+      write(v_rows(index), value(t, 0, tensor));
+      begin({{v_rows(index), value(t, 0, tensor)}});
+    }
+    std::vector<Read> own_v(int t) const { return {{v_rows(index), value(t, 0, 1)}}; }
+    void wait_ds() {
+      wait(ds_ready + (parts.stage ^ 1), parts.stage == 0 ? parts.parity ^ 1 : parts.parity);
+    }
+    std::vector<Read> dq_of(int t, int i) const {
+      return join({{{k + t % slots, value(t, 0, 0)}}, all(ds, parts.stage ^ 1, value(t, i, 4))});
+    }
+    void last_dq(int t, int steps) {
+      wait_ds();
+      auto const dq = dq_of(t, steps - 1);
+      begin(dq);
+      end(dq);
+      arrive(ds_free + (parts.stage ^ 1));
+      add(t, steps - 1, static_cast<uint32_t>(parts.stage ^ 1));
+    }
 
     void steps_by_keys(int t, int steps, uint32_t parity) {
-      std::vector<Read> const sK{{k, value(t, 0, 0)}}, sV{{v, value(t, 0, 1)}};
+      std::vector<Read> const sK{{k + t % slots, value(t, 0, 0)}}, sV = own_v(t);
       auto sQ = [&](int i) { return std::vector<Read>{{q(ring.stage), value(t, i, 2)}}; };
       auto sdO = [&](int i) { return std::vector<Read>{{dout(ring.stage), value(t, i, 3)}}; };
       auto score = [&](int i) {
@@ -245,20 +293,16 @@ struct Backward : Machine {
         begin(reads);
         return reads;
       };
-      auto wait_ds = [&] {
-        wait(ds_ready + (parts.stage ^ 1), parts.stage == 0 ? parts.parity ^ 1 : parts.parity);
-      };
-      auto dq_of = [&](int i) { return join({sK, all(ds, parts.stage ^ 1, value(t, i, 4))}); };
       bool const ahead = index < kWarps / 2;
       if (!ahead) wait(head_start, tiles_begun % 2);
       ++tiles_begun;
       end(score(0));
-      wait(dout_ready(ring.stage), ring.parity);
       wait(v_ready, parity);
       for (int i = 0; i < steps; ++i) {
         bool const first = i == 0, next = i + 1 < steps;
         int const stage = ring.stage;
         auto const dp = join({sV, sdO(i)}), dv = sdO(i), dk = sQ(i);
+        wait(dout_ready(stage), ring.parity);
         begin(dp);
         begin(dv);
         if (first && ahead) arrive(head_start);
@@ -270,14 +314,13 @@ struct Backward : Machine {
         std::vector<Read> dq;
         if (!first) {
           wait_ds();
-          begin(dq = dq_of(i - 1));
+          begin(dq = dq_of(t, i - 1));
         }
         end(dv);
         end(dk);
         parts.advance();
         ring.advance();
         arrive(free_(stage));
-        if (!next) arrive(v_free);
         std::vector<Read> s;
         if (next) s = score(i + 1);
         if (!first) read(note(ring, 0, 2), value(t, i - 1, 6));
@@ -287,21 +330,12 @@ struct Backward : Machine {
           arrive(ds_free + parts.stage);
           add(t, i - 1, static_cast<uint32_t>(parts.stage));
         }
-        if (next) {
-          wait(dout_ready(ring.stage), ring.parity);
-          end(s);
-        }
+        if (next) end(s);
       }
-      wait_ds();
-      auto const dq = dq_of(steps - 1);
-      begin(dq);
-      end(dq);
-      arrive(ds_free + (parts.stage ^ 1));
-      add(t, steps - 1, static_cast<uint32_t>(parts.stage ^ 1));
     }
 
     void steps_with_shared_scores(int t, int steps, uint32_t parity) {
-      std::vector<Read> const sK{{k, value(t, 0, 0)}}, sV{{v, value(t, 0, 1)}};
+      std::vector<Read> const sK{{k, value(t, 0, 0)}}, sV = own_v(t);
       std::vector<Read> s, dp;
       auto issue_s = [&](int i) {
         wait(q_ready(ring.stage), ring.parity);
@@ -384,7 +418,7 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
           for (Op& op : program)  // waits for a phase that is always over
             if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_free &&
                 op.barrier < Backward<2>::next_ready)
-              op = {Op::wait, Backward<2>::k_free, -1, 1};
+              op = {Op::wait, Backward<2>::met, -1, 1};
         return machine;
       },
       random));
@@ -395,6 +429,22 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
           for (Op& op : program)
             if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
               op.buffer -= kWarps;
+        return machine;
+      },
+      random));
+}
+
+TEST("the model notices V that is fetched while a gradient is still on its way through its rows") {
+  std::mt19937 random(4);
+  CHECK(caught(
+      [] {
+        Backward<2> machine(Steps::by_keys, {2, 2}, With::nothing);
+        for (size_t a = 1; a < machine.programs.size(); ++a)
+          for (size_t i = 1; i < machine.programs[a].size(); ++i) {
+            Op& op = machine.programs[a][i];
+            Op& earlier = machine.programs[a][i - 1];
+            if (op.kind == Op::arrive && op.barrier == Backward<2>::v_free) std::swap(op, earlier);
+          }
         return machine;
       },
       random));

@@ -1,6 +1,7 @@
 // The PTX layer on a real Hopper GPU: copy engine, descriptors, every generated wgmma shape, the
 // store path. Exact integers throughout, so an error says which element was read. Exits with 77
 // (skipped) where there is no such GPU.
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "check.h"
 #include "cuda/device.h"
 #include "sm90/bwd/load.cuh"
+#include "sm90/bwd/stat_parts.h"
 #include "sm90/layout.h"
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/tma.cuh"
@@ -270,6 +272,47 @@ void pb_is_exact() {
     }
 }
 
+// C (64 x N) = 1, and gemm_ones of N rows of parts.
+template <int N>
+__global__ void run_ones(const bwd::StatParts* parts, float* out) {
+  __shared__ alignas(128) bwd::StatParts rows[N];
+  if (threadIdx.x < N) rows[threadIdx.x] = parts[threadIdx.x];
+  fence_async_shared();
+  __syncthreads();
+  float c[N / 2];
+  for (float& x : c) x = 1.0f;
+  uint32_t ones[2];
+  three_ones(ones);
+  pin(c);
+  wgmma_fence();
+  gemm_ones<N>(c, ones, rows);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(c);
+  for (int i = 0; i < N / 2; ++i) {
+    Coord const at = accumulator_coord(threadIdx.x, i);
+    out[at.row * N + at.col] = c[i];
+  }
+}
+
+template <int N>
+void ones_add_columns() {
+  std::vector<float> values;
+  for (int i = 0; i < N; ++i)
+    values.push_back(i == 3 ? -1e30f : std::sin(7.0f * i) * std::ldexp(1.0f, i % 13 - 4));
+  std::vector<bwd::StatParts> parts;
+  for (float x : values) parts.push_back(bwd::StatParts::of(x));
+  DeviceArray<bwd::StatParts> const from(parts);
+  DeviceArray<float> out(64 * N);
+  run_ones<N><<<1, 128>>>(from.data, out.data);
+  finish();
+  auto const got = out.host();
+  for (int r = 0; r < 64; ++r)
+    for (int c = 0; c < N; ++c)  // the tensor cores cut sums off where float32 would round
+      CHECK(std::fabs(got[r * N + c] - (1.0f + values[c])) <=
+            std::ldexp(1.0f + std::fabs(values[c]), -22));
+}
+
 // C (64 x N) = A B of gemm_ab, or 1 + A^T B of gemm_atb: A is 64 x kDepth, or kDepth x 64.
 template <class T, int N, int kDepth, bool kTransposeA>
 __global__ void run_from_shared(const __grid_constant__ CUtensorMap a,
@@ -456,6 +499,11 @@ TEST("O += P B is exact for every shape that is generated") {
   pb_is_exact<__half, 128, 128>();
   pb_is_exact<__half, 128, 176>();
   pb_is_exact<__half, 256, 80>();
+}
+
+TEST("ones times the parts of values are those values, in every row") {
+  ones_add_columns<64>();
+  ones_add_columns<128>();
 }
 
 TEST("C = A B and C += A^T B from shared memory are exact") {
