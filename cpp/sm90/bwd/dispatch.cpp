@@ -126,6 +126,7 @@ struct Division {
   int clusters;         // or blocks, if they work alone
   bool whole_heads;
   bool ordered;             // tiles add to dQ in a fixed order
+  bool counted;             // tiles are taken from a counter, not dealt out
   bool sums_added;          // to zeros, by any tile
   bool cut;                 // a mask cuts blocks
   bool sorted;              // tiles, by the lengths of lists
@@ -160,6 +161,10 @@ struct Division {
     int const processors = cuda::devices()[p.device_id].multiprocessors;
     whole_heads = (p.deterministic && c.lists) || n_blocks <= 1 || short_heads(c, p, processors);
     ordered = p.deterministic && !whole_heads;
+    // In a fixed order, so that nobody waits for who waits; and where the host does not know what
+    // tiles cost: 12 % of a packed batch of unlike lengths.
+    bool const unlike = p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || c.lists;
+    counted = (ordered || unlike) && !whole_heads;
     clusters = static_cast<int>(
         min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster));
     // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
@@ -179,7 +184,7 @@ struct Division {
     redo_keys = delta_parts + parts;
     redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
     taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
-    turns = taken + (ordered || (c.lists && !whole_heads) ? (1 + tiles) * 4 : 0);
+    turns = taken + (counted ? (1 + tiles) * 4 : 0);
     order = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster * 4 : 0);
     // In rising order with whole heads; how many tiles a packed sequence has, the device alone
     // knows.
@@ -277,7 +282,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                         p.block_k};
     params.mask_block_q = p.block_q;
   }
-  if (d.turns > d.taken) {
+  if (d.counted) {
     params.taken = reinterpret_cast<int*>(part(d.taken));
     params.taker = params.taken + 1;
     if (d.ordered) params.turns = reinterpret_cast<int*>(part(d.turns));
