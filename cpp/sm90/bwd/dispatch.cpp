@@ -85,9 +85,7 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (std::string why = misfit_blocks(c, p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.few()) {
-    // With a mask tiles differ, and more of them fill the gaps.
-    int64_t const most =
-        cuda::devices()[p.device_id].multiprocessors / (p.window.open() ? c.cluster : 1);
+    int64_t const most = cuda::devices()[p.device_id].multiprocessors / c.cluster;
     if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
   }
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))

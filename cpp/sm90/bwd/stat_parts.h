@@ -15,7 +15,7 @@ namespace flashcore::sm90::bwd {
 struct alignas(16) StatParts {
   static constexpr int kCount = 3;
   // In place of -infinity, which would make NaN of the operand's zeros. exp of it is zero, too.
-  static constexpr float kNever = -1e30f;
+  static constexpr float kNever = -3e38f;
 
   uint16_t part[8];
 

@@ -26,6 +26,7 @@ struct StepsByKeys {
     typename T::ScoreTile rS, rdP;
     if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
     issue_s(c, rS);
+    wait_dout(c);
     wgmma_wait<0>();
     pin(rS);
     c.sh.v_ready.wait(parity);
@@ -59,9 +60,11 @@ struct StepsByKeys {
     c.sh.q_ready[stage].wait(c.ring.parity);
     issue_scores(c, rS, c.k(), c.sh.q[stage], c.sh.minus_lse[stage]);
   }
+  FC_DEVICE static void wait_dout(const Consumer& c) {  // while S is on its way
+    c.sh.dout_ready[c.ring.stage].wait(c.ring.parity);
+  }
   FC_DEVICE static void issue_dp(const Consumer& c, typename T::ScoreTile& rdP) {
     int const stage = c.ring.stage;
-    c.sh.dout_ready[stage].wait(c.ring.parity);
     issue_scores(c, rdP, c.sh.v, c.sh.dout[stage], c.sh.minus_delta[stage]);
   }
   FC_DEVICE static void issue_scores(const Consumer& c, typename T::ScoreTile& scores,
@@ -97,10 +100,10 @@ struct StepsByKeys {
     c.pass_turn();
   }
 
-  // The step whose S^T is complete in rS. With kNext there is a step after it, which is returned,
-  // and whose S^T is left behind. first: of the tile. It has no dQ of a step before to compute, but
-  // a product that is issued under a condition makes ptxas wait after all of them; so it computes
-  // one of whatever is in the buffer, and drops it.
+  // The step whose S^T is complete in rS, and whose dO is there. With kNext there is a step after
+  // it, which is returned, and whose S^T is left behind. first: of the tile. It has no dQ of a step
+  // before to compute, but a product that is issued under a condition makes ptxas wait after all of
+  // them; so it computes one of whatever is in the buffer, and drops it.
   template <bool kNext>
   FC_DEVICE static Step step(const Consumer& c, typename T::ScoreTile& rS,
                              typename T::ScoreTile& rdP, Step at, bool first) {
@@ -147,6 +150,7 @@ struct StepsByKeys {
       put(c, head, m, sums, rdQ, c.ds.stage);
     }
     if constexpr (kNext) {
+      wait_dout(c);
       wgmma_wait<0>();
       pin(rS);
     }

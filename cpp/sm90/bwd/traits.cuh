@@ -78,6 +78,10 @@ struct Traits {
     alignas(1024) char v[kVBytes];
     alignas(1024) char q[kStages][kQBytes];
     alignas(1024) char dout[kStages][kDoutBytes];
+    // Not the last ones: compute-sanitizer takes the other half of a narrow operand for memory
+    // behind.
+    alignas(128) Stat minus_lse[kStages][kBlockM];
+    alignas(128) Stat minus_delta[kStages][kBlockM];
     // dS, and P where registers do not hold it: rows of queries, panels of 64 keys. In a cluster P
     // lies where dS is to be.
     alignas(1024) char ds[kDsBuffers][kDsBytes];
@@ -85,8 +89,6 @@ struct Traits {
     // The other block's dS, and the columns of its K that dQ takes here.
     alignas(kByCluster ? 1024 : 1) char peer_ds[kByCluster ? kDsBytes : 1];
     alignas(kByCluster ? 1024 : 1) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
-    alignas(128) Stat minus_lse[kStages][kBlockM];
-    alignas(128) Stat minus_delta[kStages][kBlockM];
     Work work[kTilesOfK], next;
     KeyTiles tiles;
     bool redo[4 * kConsumers];  // whether a warp has something to repair

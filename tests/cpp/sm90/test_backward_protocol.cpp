@@ -297,12 +297,12 @@ struct Backward : Machine {
       if (!ahead) wait(head_start, tiles_begun % 2);
       ++tiles_begun;
       end(score(0));
+      wait(dout_ready(ring.stage), ring.parity);
       wait(v_ready, parity);
       for (int i = 0; i < steps; ++i) {
         bool const first = i == 0, next = i + 1 < steps;
         int const stage = ring.stage;
         auto const dp = join({sV, sdO(i)}), dv = sdO(i), dk = sQ(i);
-        wait(dout_ready(stage), ring.parity);
         begin(dp);
         begin(dv);
         if (first && ahead) arrive(head_start);
@@ -330,7 +330,10 @@ struct Backward : Machine {
           arrive(ds_free + parts.stage);
           add(t, i - 1, static_cast<uint32_t>(parts.stage));
         }
-        if (next) end(s);
+        if (next) {
+          wait(dout_ready(ring.stage), ring.parity);
+          end(s);
+        }
       }
     }
 
