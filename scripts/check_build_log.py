@@ -30,12 +30,12 @@ def findings(text: str) -> tuple[list[str], int]:
     for line in text.splitlines():
         if entry := ENTRY.search(line):
             kernel = entry.group(1)
-        if spill := SPILL.search(line):
+        if REMARK.search(line) or WARNED_SPILL.search(line):  # says itself of which kernel
+            bad.append(line.strip())
+        elif spill := SPILL.search(line):
             kernels.add(kernel)
             if spill.group(1) != "0" or spill.group(2) != "0":
                 bad.append(f"{kernel}: {spill.group(0)}")
-        elif REMARK.search(line) or WARNED_SPILL.search(line):
-            bad.append(line.strip())
     return bad, len(kernels)
 
 

@@ -231,8 +231,10 @@ struct Kernel {
     int const rank = T::kByCluster ? cluster_rank() : 0;
     tile::Ring<T::kDsBuffers> ds = tile::Ring<T::kDsBuffers>::consumer();
     auto tiles = tile::Ring<T::kTilesOfK>::consumer();
-    for (uint32_t parity = 0;; parity ^= 1, tiles.advance()) {
+    for (;; tiles.advance()) {
       sh.k_ready[tiles.stage].wait(tiles.parity);
+      // Of barriers of which there is one: alternates from tile to tile.
+      uint32_t const parity = T::kTilesOfK > 1 ? tiles.stage : tiles.parity;
       if (sh.work[tiles.stage].key < 0) break;
       typename T::GradientTile gradients[T::kByKeys ? 2 : 1];
       auto &rdK = gradients[0], &rdV = gradients[T::kByKeys ? 1 : 0];
@@ -275,7 +277,10 @@ struct Kernel {
     Work const work = c.work();
     __syncwarp();
     c.release(c.sh.k_free[c.tile]);
-    note_redo(c, work, c.index == 0 ? store_dv(c, work) : store_dk(c, work));
+    int redo = 0;
+    if (c.index == 0) redo |= store_dv(c, work);
+    if (c.index == 1) redo |= store_dk(c, work);
+    note_redo(c, work, redo);
   }
 
   // Which of the two this warp leaves to repair: bit 1.

@@ -78,10 +78,6 @@ struct Traits {
     alignas(1024) char v[kVBytes];
     alignas(1024) char q[kStages][kQBytes];
     alignas(1024) char dout[kStages][kDoutBytes];
-    // Not the last ones: compute-sanitizer takes the other half of a narrow operand for memory
-    // behind.
-    alignas(128) Stat minus_lse[kStages][kBlockM];
-    alignas(128) Stat minus_delta[kStages][kBlockM];
     // dS, and P where registers do not hold it: rows of queries, panels of 64 keys. In a cluster P
     // lies where dS is to be.
     alignas(1024) char ds[kDsBuffers][kDsBytes];
@@ -89,6 +85,8 @@ struct Traits {
     // The other block's dS, and the columns of its K that dQ takes here.
     alignas(kByCluster ? 1024 : 1) char peer_ds[kByCluster ? kDsBytes : 1];
     alignas(kByCluster ? 1024 : 1) char peer_k[kByCluster ? kPeerPanels * kKeys * kPanelBytes : 1];
+    alignas(128) Stat minus_lse[kStages][kBlockM];
+    alignas(128) Stat minus_delta[kStages][kBlockM];
     Work work[kTilesOfK], next;
     KeyTiles tiles;
     bool redo[4 * kConsumers];  // whether a warp has something to repair
@@ -105,6 +103,8 @@ struct Traits {
     std::conditional_t<kLists, ListSteps, char> steps, next_steps;
     StepNote next_note;  // the first of `next`, whose others are next_steps
     Barrier next_ready, next_free;
+    // Nobody reads it, but compute-sanitizer looks there for the other half of a narrow operand.
+    char behind[kStatProducts ? kBlockM * int{sizeof(Stat)} : 1];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 
