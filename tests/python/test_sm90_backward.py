@@ -474,6 +474,21 @@ def test_scores_about_minus_120():
     assert_grads_close_to_reference(grads, arrays["dout"], q, k, arrays["v"], scale=1.0)
 
 
+@pytest.mark.parametrize("d", DIMS)
+def test_a_row_of_infinite_lse_has_no_gradient(d):
+    """As beside an infinite sink. Where dout is zero it has none either: the same bits."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 200, 2, d, device="cuda").bfloat16() for _ in range(4))
+    out, lse, _ = fc.attention(q, k, v, return_lse=True)
+    zero, infinite = dout.clone(), lse.clone()
+    zero[0, 5, 0], infinite[0, 0, 5] = 0, INF
+    got = fc.attention_backward(dout, q, k, v, out, infinite, deterministic=True)[:3]
+    same = fc.attention_backward(zero, q, k, v, out, lse, deterministic=True)[:3]
+    assert not got[0][0, 5, 0].any()
+    for x, y in zip(got, same, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_side_stream():
     """Work goes to torch's current stream: it sees what was made there, in order."""
     call = Call(Case("stream", dtype="bf16", q=512, k=512, d=128, h=(8, 8)))

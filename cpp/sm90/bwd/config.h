@@ -33,7 +33,8 @@ struct BwdConfig {
   constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
   // lse and delta are added to S and dP as products.
   constexpr bool stat_products() const { return by_keys() && !terms; }
-  // Where one block could do it, two are for calls whose tiles leave multiprocessors idle.
+  // Where one block could do it, two are for calls whose tiles leave half of the multiprocessors
+  // idle.
   constexpr bool few() const { return by_cluster() && head_dim <= 128; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&

@@ -234,6 +234,7 @@ struct Kernel {
     for (;; tiles.advance()) {
       sh.k_ready[tiles.stage].wait(tiles.parity);
       // Of barriers of which there is one: alternates from tile to tile.
+      static_assert(T::kTilesOfK <= 2);
       uint32_t const parity = T::kTilesOfK > 1 ? tiles.stage : tiles.parity;
       if (sh.work[tiles.stage].key < 0) break;
       typename T::GradientTile gradients[T::kByKeys ? 2 : 1];
@@ -246,7 +247,6 @@ struct Kernel {
       else
         tile_of_one(c, parity);
     }
-    if (T::kByKeys && threadIdx.x % 32 == 0) tma_store_wait_read();
     if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
     if constexpr (T::kByCluster) cluster_sync();  // the other block may still arrive here
   }
@@ -255,14 +255,18 @@ struct Kernel {
   // rows of V: dV before dQ of the last step, for which it may have to wait.
   FC_DEVICE static void tile_by_keys(const Consumer<T>& c, uint32_t parity) {
     int redo = 0;
-    bool const empty = c.work().empty();
+    bool const empty = c.work().empty(), by_way_of_v = c.p.boxes;
     typename Consumer<T>::Step last{};
     if (!empty) last = StepsByKeys<T>::run(c, parity);
+    if (!by_way_of_v) c.release(c.sh.v_free);
     redo |= store_dv(c, c.work());
     if (!empty) StepsByKeys<T>::finish(c, last);
-    redo |= store_dk(c, c.work());
-    note_redo(c, c.work(), redo);
+    Work const work = c.work();
+    __syncwarp();
     c.release(c.sh.k_free[c.tile]);
+    redo |= store_dk(c, work);
+    note_redo(c, work, redo);
+    if (!by_way_of_v) return;
     if (threadIdx.x % 32 == 0) tma_store_wait_read();
     c.release(c.sh.v_free);
   }
@@ -299,17 +303,18 @@ struct Kernel {
     const BwdParams& p = c.p;
     if (!to.data) return false;
     if (p.redo_keys && broken(x)) return true;
-    if (T::kByKeys && p.boxes) {
-      int const key = work.key + c.warp_key();
-      store_boxes<Element, T::kKeys>(boxes, to, p.cu_seqlens_k, c.sh.v, c.warp_key(), x, scale,
-                                     work.batch, work.kv_head, work.k_begin + key,
-                                     work.seqlen_k - key, work.written_k - key, cols);
-    } else {
-      int const key = work.key + T::first_key(c.index, c.rank);
-      store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
-                          int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key, 0,
-                          cols);
-    }
+    if constexpr (T::kByKeys)
+      if (p.boxes) {
+        int const key = work.key + c.warp_key();
+        store_boxes<Element, T::kKeys>(boxes, to, p.cu_seqlens_k, c.sh.v, c.warp_key(), x, scale,
+                                       work.batch, work.kv_head, work.k_begin + key,
+                                       work.seqlen_k - key, work.written_k - key, cols);
+        return false;
+      }
+    int const key = work.key + T::first_key(c.index, c.rank);
+    store_rows<Element>(to, p.accumulate, x, scale, work.batch, work.kv_head,
+                        int64_t{work.k_begin} + key, work.seqlen_k - key, work.written_k - key, 0,
+                        cols);
     return false;
   }
   FC_DEVICE static void note_redo(const Consumer<T>& c, const Work& work, int redo) {

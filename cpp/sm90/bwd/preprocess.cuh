@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + of_tensor];
     int64_t const to = int64_t{blockIdx.x} * T::kBlockM + row;
     p.minus_delta[to] = -delta;
-    bool const never = lse == -INFINITY;
-    float const minus_lse = -lse / p.score_scale;
-    p.minus_lse[to] = never ? -INFINITY : minus_lse;
+    float const minus_lse = lse == -INFINITY ? -INFINITY : -lse / p.score_scale;
+    p.minus_lse[to] = minus_lse;
     if constexpr (T::kStatProducts) {
-      p.lse_parts[to] = StatParts::of(never ? StatParts::kNever : minus_lse);
+      constexpr float kNever = StatParts::kNever;
+      p.lse_parts[to] = StatParts::of(minus_lse < kNever ? kNever : minus_lse);
       p.delta_parts[to] = StatParts::of(-delta);
     }
   }

@@ -2,8 +2,9 @@
 //
 //     P = exp(scale q.k - lse)        dS = P * (dP - delta)
 //
-// lse and delta belong to queries, so here they belong to columns. The products start from them
-// instead of from zero, so that nobody waits for shared memory between a product and its use.
+// lse and delta belong to queries, so here they belong to columns. They are added as
+// products (stat_parts.h); or the products start from them instead of from zero, so that nobody
+// waits for shared memory between a product and its use; or they come after the terms.
 #pragma once
 #include "sm90/bwd/work.cuh"
 #include "sm90/layout.h"

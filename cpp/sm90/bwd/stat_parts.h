@@ -1,5 +1,5 @@
 // A float32 statistic of a query row, as the tensor cores add it to a product in bfloat16: in parts
-// whose sum it is, exactly, eight bits each. Host and device, constexpr.
+// whose sum it is, exactly (but below 2^-110), eight bits each. Host and device, constexpr.
 //
 // A product of ones and parts adds them to all keys (gemm_ones in ptx/wgmma.cuh). That is a
 // twentieth more for the tensor cores at head dim 128, a tenth at 64. Otherwise every thread would

@@ -72,7 +72,7 @@ FC_DEVICE void three_ones(uint32_t (&a)[2]) {
   pin(a);
 }
 // C (64 x N) += A B^T, to every row the sums of the first three columns of B. A: three_ones(); B: N
-// rows of 8 bfloat16, none of them infinite or NaN but those that C is to be.
+// rows of 8 bfloat16. One that is infinite or NaN makes its column of C NaN.
 template <int N>
 FC_DEVICE void gemm_ones(float (&c)[N / 2], const uint32_t (&a)[2], const void* b) {
   Wgmma<__nv_bfloat16, N>::template rs<0>(c, a[0], a[0], a[1], a[1],

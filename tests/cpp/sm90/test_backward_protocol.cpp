@@ -247,10 +247,10 @@ struct Backward : Machine {
           if (steps[t] > 0) steps_by_keys(t, steps[t], parity);
           store(t, 5);  // dV
           if (steps[t] > 0) last_dq(t, steps[t]);
-          end({{v_rows(index), value(t, 0, 5)}});  // it has left
-          store(t, 7);                             // dK
           read(work + slot.index, t);
           arrive(k_free + slot.index);
+          end({{v_rows(index), value(t, 0, 5)}});  // it has left
+          store(t, 7);                             // dK
           end({{v_rows(index), value(t, 0, 7)}});
           arrive(v_free);
           continue;

@@ -272,11 +272,15 @@ void pb_is_exact() {
     }
 }
 
-// C (64 x N) = 1, and gemm_ones of N rows of parts.
+// C (64 x N) = 1, and gemm_ones of N rows of parts, with NaN before and behind them.
 template <int N>
 __global__ void run_ones(const bwd::StatParts* parts, float* out) {
-  __shared__ alignas(128) bwd::StatParts rows[N];
-  if (threadIdx.x < N) rows[threadIdx.x] = parts[threadIdx.x];
+  __shared__ alignas(128) bwd::StatParts rows[3 * N];
+  for (int i = threadIdx.x; i < 3 * N; i += 128) {
+    rows[i] = parts[i % N];
+    if (i / N != 1)
+      for (uint16_t& x : rows[i].part) x = 0x7fc0;
+  }
   fence_async_shared();
   __syncthreads();
   float c[N / 2];
@@ -285,7 +289,7 @@ __global__ void run_ones(const bwd::StatParts* parts, float* out) {
   three_ones(ones);
   pin(c);
   wgmma_fence();
-  gemm_ones<N>(c, ones, rows);
+  gemm_ones<N>(c, ones, rows + N);
   wgmma_commit();
   wgmma_wait<0>();
   pin(c);
@@ -297,9 +301,11 @@ __global__ void run_ones(const bwd::StatParts* parts, float* out) {
 
 template <int N>
 void ones_add_columns() {
+  constexpr int kNan = 9;
   std::vector<float> values;
-  for (int i = 0; i < N; ++i)
-    values.push_back(i == 3 ? -1e30f : std::sin(7.0f * i) * std::ldexp(1.0f, i % 13 - 4));
+  for (int i = 0; i < N; ++i) values.push_back(std::sin(7.0f * i) * std::ldexp(1.0f, i % 13 - 4));
+  values[3] = bwd::StatParts::kNever;
+  values[kNan] = NAN;
   std::vector<bwd::StatParts> parts;
   for (float x : values) parts.push_back(bwd::StatParts::of(x));
   DeviceArray<bwd::StatParts> const from(parts);
@@ -308,9 +314,13 @@ void ones_add_columns() {
   finish();
   auto const got = out.host();
   for (int r = 0; r < 64; ++r)
-    for (int c = 0; c < N; ++c)  // the tensor cores cut sums off where float32 would round
-      CHECK(std::fabs(got[r * N + c] - (1.0f + values[c])) <=
-            std::ldexp(1.0f + std::fabs(values[c]), -22));
+    for (int c = 0; c < N; ++c) {
+      float const x = got[r * N + c];
+      if (c == kNan)
+        CHECK(std::isnan(x));
+      else  // the tensor cores cut sums off where float32 would round
+        CHECK(std::fabs(x - (1.0f + values[c])) <= std::ldexp(1.0f + std::fabs(values[c]), -22));
+    }
 }
 
 // C (64 x N) = A B of gemm_ab, or 1 + A^T B of gemm_atb: A is 64 x kDepth, or kDepth x 64.
