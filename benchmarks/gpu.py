@@ -2,6 +2,8 @@
 
 Peers take turns, two calls a round, in an order that rotates; a write of 400 MB before every call
 empties the L2 cache and hides the time to launch (autograd takes longer: there the GPU pauses too).
+It does not hide all of what the Python of FlashAttention-3 and -4 takes: the shortest calls show
+it.
 CUDA events, median over all calls. Under a power limit the clock moves by ten percent within
 minutes: taking turns lets every peer see the same clock, so compare within a row, not between
 files.

@@ -161,6 +161,15 @@ void window_ends_where_it_is_told(int rows, int box_rows, int row, int valid) {
 // ----------------------------------------------------------------------------------------
 
 // S (64 x N) = A B^T, or 1 + A B^T with kAdd; A: 64 x kDepth, B: N x kDepth, through the same
+// Where an accumulator's elements belong in a row-major 64 x N matrix.
+template <int N>
+__device__ void write_tile(float* out, const float (&x)[N / 2]) {
+  for (int i = 0; i < N / 2; ++i) {
+    Coord const at = accumulator_coord(threadIdx.x, i);
+    out[at.row * N + at.col] = x[i];
+  }
+}
+
 // panels as the kernels.
 template <class T, int N, int kDepth, bool kAdd>
 __global__ void run_abt(const __grid_constant__ CUtensorMap a,
@@ -188,10 +197,7 @@ __global__ void run_abt(const __grid_constant__ CUtensorMap a,
   wgmma_commit();
   wgmma_wait<0>();
   pin(s);
-  for (int i = 0; i < N / 2; ++i) {
-    Coord const c = accumulator_coord(threadIdx.x, i);
-    out[c.row * N + c.col] = s[i];
-  }
+  write_tile<N>(out, s);
 }
 
 template <class T, int N, int kDepth, bool kAdd = false>
@@ -245,10 +251,7 @@ __global__ void run_pb(const T* p, const __grid_constant__ CUtensorMap b, float*
   wgmma_commit();
   wgmma_wait<0>();
   pin(o);
-  for (int i = 0; i < N / 2; ++i) {
-    Coord const c = accumulator_coord(threadIdx.x, i);
-    out[c.row * N + c.col] = o[i];
-  }
+  write_tile<N>(out, o);
 }
 
 template <class T, int N, int kDepth>
@@ -293,10 +296,7 @@ __global__ void run_ones(const bwd::StatParts* parts, float* out) {
   wgmma_commit();
   wgmma_wait<0>();
   pin(c);
-  for (int i = 0; i < N / 2; ++i) {
-    Coord const at = accumulator_coord(threadIdx.x, i);
-    out[at.row * N + at.col] = c[i];
-  }
+  write_tile<N>(out, c);
 }
 
 template <int N>
@@ -356,10 +356,7 @@ __global__ void run_from_shared(const __grid_constant__ CUtensorMap a,
   wgmma_commit();
   wgmma_wait<0>();
   pin(c);
-  for (int i = 0; i < N / 2; ++i) {
-    Coord const at = accumulator_coord(threadIdx.x, i);
-    out[at.row * N + at.col] = c[i];
-  }
+  write_tile<N>(out, c);
 }
 
 template <class T, int N, int kDepth, bool kTransposeA>
