@@ -9,7 +9,7 @@
 // in resonance (balanced_section below), and the last section falls: the launch ends on short
 // tiles.
 #pragma once
-#include "common/types.h"
+#include "tile/divisor.h"
 
 namespace flashcore::tile {
 
@@ -19,29 +19,39 @@ struct Tile {
   int batch = 0;
 };
 
-struct TileScheduler {
-  int m_blocks = 0;
-  int heads = 0;          // query heads
+// Int: Divisor, or int where m_blocks is found out on the device.
+template <class Int>
+struct BasicTileScheduler {
+  Int m_blocks = 0;
+  Int heads = 0;          // query heads
   int pairs = 0;          // batch * heads
-  int section_pairs = 1;  // heads of one section; >= 1
+  Int section_pairs = 1;  // heads of one section; >= 1
 
   FC_HD constexpr int num_tiles() const { return m_blocks * pairs; }
-  FC_HD constexpr int num_sections() const { return ceil_div(pairs, section_pairs); }
+  FC_HD constexpr int num_sections() const { return (pairs + section_pairs - 1) / section_pairs; }
+  FC_HD constexpr int section(int index) const { return index / section_pairs / m_blocks; }
 
   // Whether tiles of the section rise, as an alternative to falling.
   FC_HD constexpr bool rises(int section) const { return (num_sections() - 1 - section) % 2 != 0; }
 
   FC_HD constexpr Tile tile(int index) const {
-    int const per_section = section_pairs * m_blocks;
-    int const section = index / per_section;
-    int const rest = index - section * per_section;
-    int const first = section * section_pairs;
-    int const width = min_of(section_pairs, pairs - first);  // the last section may be narrower
-    int const row = rest / width;
-    int const pair = first + (rest - row * width);
-    return {rises(section) ? row : m_blocks - 1 - row, pair % heads, pair / heads};
+    int const s = section(index), first = s * section_pairs;
+    int const rest = index - first * m_blocks;
+    int row = rest / section_pairs, width = section_pairs;
+    if (pairs - first < width) {  // the last section may be narrower
+      width = pairs - first;
+      row = rest / width;
+    }
+    int const pair = first + (rest - row * width), batch = pair / heads;
+    return {rises(s) ? row : m_blocks - 1 - row, pair - batch * heads, batch};
+  }
+
+  // The same with another m_blocks.
+  FC_HD constexpr BasicTileScheduler<int> with(int blocks) const {
+    return {blocks, heads, pairs, section_pairs};
   }
 };
+using TileScheduler = BasicTileScheduler<Divisor>;
 
 // As many heads as keep K and V of a section within the budget, in whole groups of query heads that
 // share a key head.
@@ -61,7 +71,7 @@ constexpr double imbalance(const TileScheduler& s, int blocks, Cost cost) {
   double total = 0.0, everyone = 0.0;
   int position = 0;
   for (int section = 0; section < s.num_sections(); ++section) {
-    int const width = min_of(s.section_pairs, s.pairs - section * s.section_pairs);
+    int const width = min_of<int>(s.section_pairs, s.pairs - section * s.section_pairs);
     for (int row = 0; row < s.m_blocks; ++row) {
       double const c = cost(s.tile(section * s.section_pairs * s.m_blocks + row * width).m_block);
       total += c * width;

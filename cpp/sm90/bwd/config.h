@@ -81,12 +81,13 @@ struct BwdParams {
   StatParts *lse_parts, *delta_parts;  // the same two, for stat_products()
   float* dq_sum;                       // [slot][query block][block_m * head_dim], see dq.cuh
   // Null where no mask cuts blocks: see repair.cuh.
-  uint8_t* redo_keys;     // [key head][key tile][block of the cluster][warp]
-  uint8_t* redo_queries;  // [head][query block][warp][half of the columns]; only of whole heads
-  int head_key_blocks;    // key tiles of a key head, of all sequences
-  int head_blocks;        // query blocks of a head, of all sequences
-  int slot_blocks;        // the same of a slot of dq_sum
-  bool block_slots;       // a slot per head that a block of threads works on, not per head
+  uint8_t* redo_keys;         // [key head][key tile][block of the cluster][warp]
+  uint8_t* redo_queries;      // [head][query block][warp][half of the columns]; only of whole heads
+  int head_key_blocks;        // key tiles of a key head, of all sequences
+  tile::Divisor head_blocks;  // query blocks of a head, of all sequences
+  tile::Divisor sequence_blocks;  // of one that is not packed
+  int slot_blocks;                // the same of a slot of dq_sum
+  bool block_slots;               // a slot per head that a block of threads works on, not per head
 
   float scale;        // of dQ and dK
   float score_scale;  // of the scores: the softcap if there is one

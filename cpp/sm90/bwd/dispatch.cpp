@@ -293,6 +293,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   }
   params.head_key_blocks = static_cast<int>(d.head_key_blocks);
   params.head_blocks = static_cast<int>(d.head_blocks);
+  params.sequence_blocks = static_cast<int>(ceil_div<int64_t>(p.seqlen_q, c.block_m));
   params.slot_blocks = static_cast<int>(d.slot_blocks);
   params.block_slots = d.block_slots;
   params.scale = static_cast<float>(p.scale);

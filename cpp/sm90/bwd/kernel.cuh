@@ -48,7 +48,6 @@ struct Kernel {
     prefetch_tensor_map(p.k.boxes);
     prefetch_tensor_map(p.v.boxes);
     prefetch_tensor_map(p.dout.boxes);
-    wait_for_kernel_before();  // so consumers do, too: they begin with what is fetched after it
     if constexpr (T::kLists)
       if (warp == 1) return find(p, sh);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
@@ -80,6 +79,7 @@ struct Kernel {
       parity ^= 1;
     }
     sh.k_ready[tiles.stage].arrive();
+    wait_for_kernel_before();  // or there might be a next one before that has ended
     let_next_kernel_begin();
   }
 
@@ -161,22 +161,27 @@ struct Kernel {
       int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
       int const rows = work.seqlen_q - m * T::kBlockM;
       load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
-                                   shared_by_tiles, sh.minus_lse[s],
-                                   stat_rows(p.minus_lse, p.lse_parts) + stats);
+                                   shared_by_tiles, sizeof sh.minus_lse[s]);
+      // Only statistics come from the kernel before, which may still be at work. So may it be on
+      // the sums of dQ, but consumers add to them when these are here.
+      if (fresh) wait_for_kernel_before();
+      bulk_load(sh.minus_lse[s], stat_rows(p.minus_lse, p.lse_parts) + stats,
+                sizeof sh.minus_lse[s], sh.q_ready[s]);
       if (fresh) {
         sh.v_free.wait(parity);
         load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k, once);
         if constexpr (T::kByCluster) {
           int const to_peer = T::kKeys * (1 - 2 * rank);
           load<T::kKeys, T::kPeerPanels>(sh.peer_k, p.k, sh.peer_k_ready, key + to_peer,
-                                         keys - to_peer, work.kv_head, batch_k, once, nullptr,
-                                         nullptr, rank * T::kPeerPanels * kPanelCols);
+                                         keys - to_peer, work.kv_head, batch_k, once, 0,
+                                         rank * T::kPeerPanels * kPanelCols);
         }
         fresh = false;
       }
       load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head, batch_q,
-                                    shared_by_tiles, sh.minus_delta[s],
-                                    stat_rows(p.minus_delta, p.delta_parts) + stats);
+                                    shared_by_tiles, sizeof sh.minus_delta[s]);
+      bulk_load(sh.minus_delta[s], stat_rows(p.minus_delta, p.delta_parts) + stats,
+                sizeof sh.minus_delta[s], sh.dout_ready[s]);
       ring.advance();
     };
     if constexpr (T::kLists) {
@@ -207,20 +212,17 @@ struct Kernel {
       return plain;
   }
 
-  // kRows rows from column `col` on, one box per panel, and the rows' statistics if there are any.
+  // kRows rows from column `col` on, one box per panel; `more` bytes will come with them.
   // Rows past the end of the sequence become zeros, whatever is there: what they are multiplied
   // with is zero, and 0 * NaN is not. Columns past the end do, too.
   template <int kRows, int kPanels>
   FC_DEVICE static void load(char* smem, const TensorMaps& maps, Barrier& ready, int row, int valid,
-                             int head, int batch, uint64_t policy, Stat* stats = nullptr,
-                             const Stat* global_stats = nullptr, int col = 0) {
-    constexpr int kStatBytes = kRows * int{sizeof(Stat)};
-    ready.arrive_expect(kRows * kPanels * kPanelBytes + (stats ? kStatBytes : 0));
+                             int head, int batch, uint64_t policy, int more = 0, int col = 0) {
+    ready.arrive_expect(kRows * kPanels * kPanelBytes + more);
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       load_rows(smem + panel * kRows * kPanelBytes, maps, ready, kRows, col + panel * kPanelCols,
                 row, valid, head, batch, policy);
-    if (stats) bulk_load(stats, global_stats, kStatBytes, ready);
   }
 
   // ---- consumers --------------------------------------------------------------------------------
@@ -251,8 +253,9 @@ struct Kernel {
     if constexpr (T::kByCluster) cluster_sync();  // the other block may still arrive here
   }
 
-  // A tile whose keys are divided among the consumers. Each stores its gradients by way of its own
-  // rows of V: dV before dQ of the last step, for which it may have to wait.
+  // A tile whose keys are divided among the consumers. Each stores dV by way of its own rows of V,
+  // before dQ of the last step, for which it may have to wait; and dK in the same way, unless the
+  // next tile waits for V alone.
   FC_DEVICE static void tile_by_keys(const Consumer<T>& c, uint32_t parity) {
     int redo = 0;
     bool const empty = c.work().empty(), by_way_of_v = c.p.boxes;
@@ -260,13 +263,17 @@ struct Kernel {
     if (!empty) last = StepsByKeys<T>::run(c, parity);
     if (!by_way_of_v) c.release(c.sh.v_free);
     redo |= store_dv(c, c.work());
+    if (by_way_of_v && !T::kDkByWayOfV) release_v(c);
     if (!empty) StepsByKeys<T>::finish(c, last);
     Work const work = c.work();
     __syncwarp();
     c.release(c.sh.k_free[c.tile]);
     redo |= store_dk(c, work);
     note_redo(c, work, redo);
-    if (!by_way_of_v) return;
+    if (by_way_of_v && T::kDkByWayOfV) release_v(c);
+  }
+  // When the copy engine has read what lies there.
+  FC_DEVICE static void release_v(const Consumer<T>& c) {
     if (threadIdx.x % 32 == 0) tma_store_wait_read();
     c.release(c.sh.v_free);
   }
@@ -290,20 +297,22 @@ struct Kernel {
   // Which of the two this warp leaves to repair: bit 1.
   FC_DEVICE static int store_dv(const Consumer<T>& c, const Work& work) {
     float const scale = T::kTerms ? c.p.dropout_scale : 1.0f;
-    return store(c, work, c.p.dv, c.p.dv_boxes, c.rdV, scale, c.p.head_dim_v) ? 2 : 0;
+    return store<T::kByKeys>(c, work, c.p.dv, c.p.dv_boxes, c.rdV, scale, c.p.head_dim_v) ? 2 : 0;
   }
   // Bit 0.
   FC_DEVICE static int store_dk(const Consumer<T>& c, const Work& work) {
-    return store(c, work, c.p.dk, c.p.dk_boxes, c.rdK, c.p.scale, c.p.head_dim) ? 1 : 0;
+    return store<T::kDkByWayOfV>(c, work, c.p.dk, c.p.dk_boxes, c.rdK, c.p.scale, c.p.head_dim) ? 1
+                                                                                                : 0;
   }
   // True: it is not finite, and a mask may be to blame.
+  template <bool kByWayOfV>
   FC_DEVICE static bool store(const Consumer<T>& c, const Work& work, const Matrix& to,
                               const CUtensorMap& boxes, const typename T::GradientTile& x,
                               float scale, int cols) {
     const BwdParams& p = c.p;
     if (!to.data) return false;
     if (p.redo_keys && broken(x)) return true;
-    if constexpr (T::kByKeys)
+    if constexpr (kByWayOfV)
       if (p.boxes) {
         int const key = work.key + c.warp_key();
         store_boxes<Element, T::kKeys>(boxes, to, p.cu_seqlens_k, c.sh.v, c.warp_key(), x, scale,

@@ -34,11 +34,10 @@ class KeyTiles {
   template <class P>
   FC_HD constexpr bool next(P const& p, int block_n, tile::Tile& tile) {
     if (p.whole_heads) return next_of_heads(p, block_n, tile);
-    tile::TileScheduler s = p.scheduler;
     if (!p.cu_seqlens_k) {
-      if (at_ >= s.num_tiles()) return false;
-      take(s, at_, false, tile);
-    } else if (!find(p, block_n, s, tile)) {
+      if (at_ >= p.scheduler.num_tiles()) return false;
+      take(p.scheduler, at_, false, tile);
+    } else if (!find(p, block_n, tile)) {
       return false;
     }
     at_ += blocks_;
@@ -59,10 +58,10 @@ class KeyTiles {
   bool falling_ = false;
 
   // Tile `index` of the scheduler's; `turned` around if that is not the order that is wanted.
-  FC_HD constexpr void take(tile::TileScheduler const& s, int index, bool turned,
-                            tile::Tile& tile) {
+  template <class Scheduler>
+  FC_HD constexpr void take(Scheduler const& s, int index, bool turned, tile::Tile& tile) {
     tile = s.tile(index);
-    falling_ = s.rises(index / (s.section_pairs * s.m_blocks)) != turned;
+    falling_ = s.rises(s.section(index)) != turned;
     if (!turned) tile.m_block = s.m_blocks - 1 - tile.m_block;
   }
 
@@ -77,9 +76,9 @@ class KeyTiles {
 
   // How many tiles a packed sequence has is known on the device alone: walk from one to the next.
   template <class P>
-  FC_HD constexpr bool find(P const& p, int block_n, tile::TileScheduler& s, tile::Tile& tile) {
+  FC_HD constexpr bool find(P const& p, int block_n, tile::Tile& tile) {
     for (; batch_ < p.batch; ++batch_) {
-      s.m_blocks = key_tiles(p, batch_, block_n);
+      auto const s = p.scheduler.with(key_tiles(p, batch_, block_n));
       if (at_ - before_ < s.num_tiles()) {
         // The wave of long and short tiles goes on from sequence to sequence.
         take(s, at_ - before_, (p.batch - 1 - batch_) * s.num_sections() % 2 != 0, tile);

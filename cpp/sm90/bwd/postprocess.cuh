@@ -11,15 +11,15 @@ namespace flashcore::sm90::bwd {
 template <class T>
 __global__ void __launch_bounds__(T::Dq::kThreads, 1)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
-  wait_for_kernel_before();
-  int const head = blockIdx.x / p.head_blocks;
-  QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);
-  if (at.written <= 0) return;
+  int const block = blockIdx.x, head = block / p.head_blocks;
+  QueryBlock const at = query_block(p, block % p.head_blocks, T::kBlockM);
   tile::Sequence const seq = tile::sequence_of(p, at.batch);
+  wait_for_kernel_before();
+  if (at.written <= 0) return;
   int const consumer = threadIdx.x / 128;
 
   typename T::DqTile dq = {};
-  add_sums(dq, dq_block<T>(p, blockIdx.x) + T::Dq::offset(threadIdx.x), T::Dq::quads(consumer));
+  add_sums(dq, dq_block<T>(p, block) + T::Dq::offset(threadIdx.x), T::Dq::quads(consumer));
   int const row = at.row + T::Dq::row(consumer), col = T::Dq::col(consumer);
   if (p.redo_keys && broken(dq))
     return Repair<T>::dq_rows(p, at.batch, head, row + threadIdx.x % 128 / 32 * 16, col,

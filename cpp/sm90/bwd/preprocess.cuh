@@ -6,6 +6,9 @@
 namespace flashcore::sm90::bwd {
 
 constexpr int kPreprocessThreads = 256;
+// On a multiprocessor at once: a thread keeps 2 * block_m * head_dim_v / 256 elements on their way.
+template <class T>
+constexpr int kPreprocessBlocks = T::kBlockM * T::kPanelsV > 128 ? 2 : 4;
 
 // True if a key tile visits the query block. Every thread of the block must call it.
 template <class T>
@@ -45,7 +48,7 @@ FC_DEVICE void clear_dq(const BwdParams& p, const tile::Sequence& seq, QueryBloc
 
 // One block of threads takes one query block of one head.
 template <class T>
-__global__ void __launch_bounds__(kPreprocessThreads)
+__global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
     flash_bwd_sm90_preprocess(const __grid_constant__ BwdParams p) {
   using Element = typename T::Element;
   let_next_kernel_begin();
@@ -53,13 +56,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   constexpr int kRows = kPreprocessThreads / kLanes;
   static_assert(T::kBlockM % kRows == 0 && kLanes <= 32);
 
-  int const head = blockIdx.x / p.head_blocks;
-  QueryBlock const at = query_block(p, blockIdx.x % p.head_blocks, T::kBlockM);
+  int const block = blockIdx.x, head = block / p.head_blocks;
+  QueryBlock const at = query_block(p, block % p.head_blocks, T::kBlockM);
   tile::Sequence const seq = tile::sequence_of(p, at.batch);
   int const rows = static_cast<int>(seq.seqlen_q) - at.row;  // of the block, if it has that many
-  if (p.redo_queries && threadIdx.x < 16)
-    p.redo_queries[int64_t{blockIdx.x} * 16 + threadIdx.x] = 0;
-  if (at.written > 0) clear_dq<T>(p, seq, at, head);
   int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
 
   union Chunk {
@@ -67,16 +67,26 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     Element x[8];
     FC_DEVICE Chunk() {}
   } out[T::kBlockM / kRows], dout[T::kBlockM / kRows];
-  auto load = [&](Chunk& chunk, const Matrix& m, int row) {
-    if (row < rows && 8 * lane < p.head_dim_v)
-      chunk.bits = *reinterpret_cast<const uint4*>(
-          row_address<Element>(m, at.batch, head, seq.q_begin + at.row + row, 8 * lane));
+  float lse[T::kBlockM / kRows];
+  int64_t const row_of_tensor = seq.q_begin + at.row + first;
+  auto begin = [&](const Matrix& m) {
+    return row_address<const Element>(m, at.batch, head, row_of_tensor, 8 * lane);
   };
+  auto const *from_out = begin(p.out_ref), *from_dout = begin(p.dout_ref);
+  const float* const from_lse =
+      p.lse + at.batch * p.lse_batch_stride + head * p.lse_head_stride + row_of_tensor;
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
-    load(out[i], p.out_ref, i * kRows + first);
-    load(dout[i], p.dout_ref, i * kRows + first);
+    bool const exists = i * kRows + first < rows;
+    if (exists && 8 * lane < p.head_dim_v) {
+      out[i].bits = *reinterpret_cast<const uint4*>(from_out + i * kRows * p.out_ref.row_stride);
+      dout[i].bits = *reinterpret_cast<const uint4*>(from_dout + i * kRows * p.dout_ref.row_stride);
+    }
+    lse[i] = exists && lane == 0 ? from_lse[i * kRows] : -INFINITY;
   }
+  // While that is on its way.
+  if (p.redo_queries && threadIdx.x < 16) p.redo_queries[int64_t{block} * 16 + threadIdx.x] = 0;
+  if (at.written > 0) clear_dq<T>(p, seq, at, head);
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
     float delta = 0.0f;
@@ -91,17 +101,14 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       delta += __shfl_xor_sync(0xffffffffu, delta, offset);
     if (lane != 0) continue;
     int const row = i * kRows + first;
-    int64_t const of_tensor = seq.q_begin + at.row + row;
-    float lse = -INFINITY;
-    if (row < rows)
-      lse = p.lse[at.batch * p.lse_batch_stride + head * p.lse_head_stride + of_tensor];
-    if (lse == -INFINITY)  // no key: P = exp(S - inf) = 0
+    if (lse[i] == -INFINITY)  // no key: P = exp(S - inf) = 0
       delta = 0.0f;
     else if (p.dlse)
-      delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + of_tensor];
-    int64_t const to = int64_t{blockIdx.x} * T::kBlockM + row;
+      delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + seq.q_begin +
+                      at.row + row];
+    int64_t const to = int64_t{block} * T::kBlockM + row;
     p.minus_delta[to] = -delta;
-    float const minus_lse = lse == -INFINITY ? -INFINITY : -lse / p.score_scale;
+    float const minus_lse = lse[i] == -INFINITY ? -INFINITY : -lse[i] / p.score_scale;
     p.minus_lse[to] = minus_lse;
     if constexpr (T::kStatProducts) {
       constexpr float kNever = StatParts::kNever;

@@ -45,7 +45,7 @@ FC_HD constexpr QueryBlock query_block(P const& p, int block, int block_m) {
       (first_query_block(p, middle, block_m) <= block ? low : high) = middle;
     }
   } else {
-    low = block / static_cast<int>(ceil_div<int64_t>(p.seqlen_q, block_m));
+    low = block / p.sequence_blocks;
   }
   int const m = static_cast<int>(block - first_query_block(p, low, block_m));
   int const rows =

@@ -56,6 +56,8 @@ struct Traits {
   // Tiles whose K is there. With two, a consumer that is done with one begins the next, while
   // another still makes dQ of the last step.
   static constexpr int kTilesOfK = kByKeys && kHeadDim <= 64 ? 2 : 1;
+  // Whether dK, too, leaves through shared memory: not if V is all that the next tile waits for.
+  static constexpr bool kDkByWayOfV = kByKeys && kTilesOfK == 1;
 
   using Dq = DqLayout<kBlockM, kHeadDim, kConsumers * kCluster>;
   // Which of the consumers of all blocks of a cluster.

@@ -58,8 +58,8 @@ struct FwdParams {
   float scale_log2;  // scale * log2(e)
   float headroom;    // by how much a raw score may exceed its row's reference, see softmax.cuh
   int head_dim, head_dim_v;
-  int group;           // query heads per key head
-  const float* sinks;  // [heads], may be null
+  tile::Divisor group;  // query heads per key head
+  const float* sinks;   // [heads], may be null
 
   // Where sequences begin and end; what tile::sequence_of reads.
   int batch;
@@ -73,7 +73,8 @@ struct FwdParams {
 
   // The keys in num_splits parts of split_blocks blocks; then results go, in float32 and without
   // gaps, to [split][batch][head][row] of the workspace, to be merged.
-  int num_splits, split_blocks;
+  tile::Divisor num_splits;
+  int split_blocks;
   float *partial_out, *partial_lse;
   int64_t partial_rows;  // of one head: the rows of the tensor
   int partial_heads;     // of one split: all batches' (a packed tensor is one batch)

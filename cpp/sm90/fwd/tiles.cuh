@@ -21,10 +21,10 @@ struct DealtTiles {
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
     if (!cursor.find(p, index, T::kBlockM)) return false;
-    work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN);
+    work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN, T::kMask != Mask::none);
     split += gridDim.x * T::kTeams;
     index += split / p.num_splits;
-    split %= p.num_splits;
+    split = split % p.num_splits;
     return true;
   }
 };
@@ -36,7 +36,7 @@ FC_DEVICE void set_work(const FwdParams& p, tile::Tile tile, Work& work) {
     int const pair = tile.batch * p.scheduler.heads + tile.head;
     tile.m_block = p.order[pair * p.scheduler.m_blocks + tile.m_block];
   }
-  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN);
+  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN, T::kMask != Mask::none);
   asm volatile("" ::: "memory");  // a finder has few registers: its work lies in shared memory
   work.keep(kept_blocks<T>(p, work));
 }

@@ -40,39 +40,42 @@ struct alignas(16) Work {
 
   static FC_DEVICE Work none() { return {-1}; }
 
-  static FC_DEVICE Work of(const FwdParams& p, tile::Tile tile, int split, int block_m,
-                           int block_n) {
+  // masked: else p.window is open, and the compiler is to know.
+  static FC_DEVICE Work of(const FwdParams& p, tile::Tile tile, int split, int block_m, int block_n,
+                           bool masked) {
+    tile::Window const window = masked ? p.window : tile::Window{};
     tile::Sequence const seq = tile::sequence_of(p, tile.batch);
     int const row = tile.m_block * block_m;
     tile::BlockRange const blocks =
-        tile::key_blocks(p.window, row, min_of<int64_t>(row + block_m, seq.seqlen_q), seq.q_offset,
+        tile::key_blocks(window, row, min_of<int64_t>(row + block_m, seq.seqlen_q), seq.q_offset,
                          seq.seqlen_k, block_n);
     auto narrow = [](int64_t x) { return static_cast<int>(x); };
     // Nothing is cut on the left of an open window. Where no block is full, all may be.
-    int64_t const first_full = p.window.left >= tile::Window::kOpen    ? blocks.first
+    int64_t const first_full = window.left >= tile::Window::kOpen      ? blocks.first
                                : blocks.first_full == blocks.last_full ? blocks.last
                                                                        : blocks.first_full;
-    return {row,
-            tile.head,
-            tile.batch,
-            split,
-            narrow(seq.q_begin),
-            narrow(seq.seqlen_q),
-            narrow(max_of<int64_t>(blocks.first, int64_t{split} * p.split_blocks)),
-            narrow(first_full),
-            narrow(blocks.last_full),
-            narrow(min_of<int64_t>(blocks.last, int64_t{split + 1} * p.split_blocks)),
-            narrow(seq.seqlen_k),
-            narrow(seq.k_begin),
-            far(row + seq.q_offset),
-            far(row + seq.q_offset - p.window.left),
-            far(row + seq.q_offset + p.window.right + 1)};
+    return {
+        row,
+        tile.head,
+        tile.batch,
+        split,
+        narrow(seq.q_begin),
+        narrow(seq.seqlen_q),
+        narrow(max_of<int64_t>(blocks.first, int64_t{split} * p.split_blocks)),
+        narrow(first_full),
+        narrow(blocks.last_full),
+        narrow(min_of<int64_t>(blocks.last, int64_t{split + 1} * p.split_blocks)),
+        narrow(seq.seqlen_k),
+        narrow(seq.k_begin),
+        far(row + seq.q_offset),
+        window.left >= tile::Window::kOpen ? -kFar : far(row + seq.q_offset - window.left),
+        window.right >= tile::Window::kOpen ? kFar : far(row + seq.q_offset + window.right + 1)};
   }
 
   // Within what an int holds with room to spare; dispatch refuses sequences that long.
+  static constexpr int kFar = INT32_MAX / 2 - 1024;
   static FC_HD constexpr int far(int64_t keys) {
-    constexpr int64_t kFar = INT32_MAX / 2 - 1024;
-    return static_cast<int>(min_of(kFar, max_of(-kFar, keys)));
+    return static_cast<int>(min_of<int64_t>(kFar, max_of<int64_t>(-kFar, keys)));
   }
 };
 
@@ -98,9 +101,8 @@ struct TileCursor {
       tile = p.scheduler.tile(index);
       return true;
     }
-    tile::TileScheduler s = p.scheduler;
     for (int b = tile.batch; b < p.batch; ++b) {
-      s.m_blocks = ceil_div(p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b], block_m);
+      auto const s = p.scheduler.with(ceil_div(p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b], block_m));
       if (index - before < s.num_tiles()) {
         tile = s.tile(index - before);
         tile.batch = b;

@@ -15,5 +15,6 @@ struct Params {
   flashcore::tile::Window window;
   bool whole_heads = false;
   int pairs = 0;
+  flashcore::tile::Divisor sequence_blocks;
   flashcore::tile::TileScheduler scheduler;
 };

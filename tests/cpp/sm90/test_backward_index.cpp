@@ -96,6 +96,7 @@ TEST("the blocks of a padded batch cover its padding, too") {
   p.batch = 3;
   p.seqlen_q = p.seqlen_k = 300;
   p.seqlens_q = lengths;
+  p.sequence_blocks = 3;
   CHECK_EQ(query_blocks(p, 0, 128), 9);
   for (int block = 0; block < 9; ++block) {
     QueryBlock const at = query_block(p, block, 128);
@@ -121,7 +122,7 @@ TEST("the blocks of a launch take every key tile once") {
     p.pairs = p.batch * heads;
     int const pairs = packed ? heads : p.pairs;
     p.scheduler = {ceil_div(p.seqlen_k, block_n), heads, pairs, 1 + static_cast<int>(random() % 3)};
-    p.scheduler.section_pairs = min_of(p.scheduler.section_pairs, pairs);
+    p.scheduler.section_pairs = min_of<int>(p.scheduler.section_pairs, pairs);
     int const blocks = 1 + static_cast<int>(random() % 9);
 
     std::set<std::tuple<int, int, int>> seen;

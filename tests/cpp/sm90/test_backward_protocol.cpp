@@ -245,14 +245,22 @@ struct Backward : Machine {
         if (last) return out;
         if (kind == Steps::by_keys) {
           if (steps[t] > 0) steps_by_keys(t, steps[t], parity);
-          store(t, 5);  // dV
+          bool const dk_by_way_of_v = slots == 1;
+          auto dv_has_left = [&] { end({{v_rows(index), value(t, 0, 5)}}); };
+          store(t, 5);
+          if (!dk_by_way_of_v) {
+            dv_has_left();
+            arrive(v_free);
+          }
           if (steps[t] > 0) last_dq(t, steps[t]);
           read(work + slot.index, t);
           arrive(k_free + slot.index);
-          end({{v_rows(index), value(t, 0, 5)}});  // it has left
-          store(t, 7);                             // dK
-          end({{v_rows(index), value(t, 0, 7)}});
-          arrive(v_free);
+          if (dk_by_way_of_v) {
+            dv_has_left();
+            store(t, 7);  // dK
+            end({{v_rows(index), value(t, 0, 7)}});
+            arrive(v_free);
+          }
           continue;
         }
         if (steps[t] == 0)
