@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.gpu import (
     CALLS_PER_TURN,
     FLUSH_BYTES,
+    PAUSE,
     Cell,
     check,
     commit,
@@ -38,7 +39,6 @@ KEYS = 256  # that a query sees; landmarks and hashes are the methods' own defau
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 LONGEST_CHECKED = 4096
 LONGEST_CALL = 5e5  # us
-PAUSE = 1_000_000  # clocks of the GPU: what a pass of autograd takes on the host
 
 Function = Callable[[Any, Any, Any], Any]  # of q, k, v (B, N, H, D)
 

@@ -1,9 +1,8 @@
 """`python -m benchmarks gpu`: attention beside cuDNN and FlashAttention, in one process.
 
-Peers take turns, two calls a round, in an order that rotates; a write of 400 MB before every call
-empties the L2 cache and hides the time to launch (autograd takes longer: there the GPU pauses too).
-It does not hide all of what the Python of FlashAttention-3 and -4 takes: the shortest calls show
-it.
+Peers take turns, two calls a round, in an order that rotates; before every call a write of 400 MB
+empties the L2 cache, and the GPU pauses until the host has launched it: what is measured is the
+GPU's time.
 CUDA events, median over all calls. Under a power limit the clock moves by ten percent within
 minutes: taking turns lets every peer see the same clock, so compare within a row, not between
 files.
@@ -34,7 +33,7 @@ FLUSH_BYTES = 400_000_000
 CALLS_PER_TURN = 2
 WARM_UP_SECONDS = 2.0  # before the first cell: a cool card runs faster than it can keep up
 METERED_SAMPLES = 2  # a stretch that holds fewer says nothing of power and clock
-PAUSE = {"fwd": 0, "bwd": 200_000}  # clocks of the GPU after the write
+PAUSE = 1_000_000  # clocks of the GPU: more than a pass of autograd takes on the host
 OURS = "flashcore"
 NAMES = {"fwd": "forward", "bwd": "backward"}
 
@@ -119,7 +118,7 @@ def measure(
             text = str(error).partition("\n")[0][:100]
             refusals[name] = f"{type(error).__name__}: {text}" if text else type(error).__name__
     began = time.monotonic()
-    microseconds = take_turns(torch, calls, rounds, flush, PAUSE[direction])
+    microseconds = take_turns(torch, calls, rounds, flush, PAUSE)
     metered = meter.since(began)
     cells = []
     for name in peers:

@@ -208,7 +208,7 @@ def measure(
         except Exception as error:  # a peer that fails has no number, the others have
             calls.pop(name, None)
             refusals[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-    microseconds = take_turns(torch, calls, options.rounds, flush, PAUSE[direction])
+    microseconds = take_turns(torch, calls, options.rounds, flush, PAUSE)
     cells = []
     for name in options.peers:
         cell: Cell = {"cell": s.cell, "direction": direction, "peer": name}
