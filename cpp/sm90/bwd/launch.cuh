@@ -28,7 +28,8 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");
   }
   if (blocks > 0) {
-    bool const early = query_blocks > 0;  // else another's kernel is the one before
+    // Else another's kernel is the one before; and clusters that fill the GPU took longer then.
+    bool const early = query_blocks > 0 && (T::kCluster == 1 || kConfig.few());
     cuda::check(launch_kernel(flash_bwd_sm90<T>, params, blocks, T::kThreads, kBytes, T::kCluster,
                               early, stream),
                 "flash_bwd_sm90");
