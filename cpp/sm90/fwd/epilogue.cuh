@@ -25,7 +25,7 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
   // half).
   int const matrix = lane / 8;
   int const staging_row = warp_row + lane % 8 + 8 * (matrix % 2);
-  if (lane == 0) tma_store_wait_read();  // the previous tile's stores have left the staging area
+  if (elect_one()) tma_store_wait_read();  // the previous tile's stores have left the staging area
   __syncwarp();
   uint32_t const base = smem_address(sh.o);
 #pragma unroll
@@ -40,7 +40,7 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
   __syncwarp();
   // The copy engine does not know where a packed sequence ends: there ordinary stores do.
   bool const cut = p.cu_seqlens_q && work.row + warp_row + 16 > work.seqlen_q;
-  if (lane == 0 && !cut) {
+  if (!cut && elect_one()) {  // the same lane whenever the warp is together
     int const batch = p.cu_seqlens_q ? 0 : work.batch;
 #pragma unroll
     for (int panel = 0; panel < T::kPanelsO; ++panel)

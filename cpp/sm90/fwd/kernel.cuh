@@ -140,7 +140,7 @@ struct Kernel {
     int const team = T::kTeams == 1 ? 0 : warpgroup / T::kConsumers;
     int const consumer = warpgroup - team * T::kConsumers;
     Shared& sh = teams[team];
-    int const warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    int const warp = warp_index() % 4, lane = threadIdx.x % 32;
     int const warp_row = 64 * consumer + 16 * warp;  // of the tile
     if (consumer == T::kConsumers - 1) pass_turn();  // the first turn is consumer 0's
 
@@ -173,9 +173,9 @@ struct Kernel {
     }
 
     // The copy engine reads this block's shared memory until the last store has left.
-    if (T::kStaged && lane == 0) tma_store_wait_read();
+    if (T::kStaged && elect_one()) tma_store_wait_read();
     if (__any_sync(0xffffffffu, !(probe == 0.0f))) {
-      if (lane == 0) tma_store_wait();
+      if (elect_one()) tma_store_wait();
       __syncwarp();
       Work work;
       for (TilesAgain<T> tiles(p, team); tiles.next(p, work);)

@@ -32,8 +32,10 @@ FC_DEVICE bool elect_one() {
   return elected != 0;
 }
 
-// The warpgroup's index in the block, known to be the same in all lanes (so that descriptors built
-// from it live in uniform registers).
+// The index of the warpgroup, or warp, in the block, known to be the same in all lanes: so that
+// descriptors and what the copy engine is told live in uniform registers. Else there is a loop over
+// the lanes around the instruction.
+FC_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 FC_DEVICE int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
 
 // threadIdx.x, read again each time: what is worked out from it is not kept in registers between
