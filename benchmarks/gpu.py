@@ -1,8 +1,8 @@
 """`python -m benchmarks gpu`: attention beside cuDNN and FlashAttention, in one process.
 
 Peers take turns, two calls a round, in an order that rotates; before every call a write of 400 MB
-empties the L2 cache, and the GPU pauses until the host has launched it: what is measured is the
-GPU's time.
+empties the L2 cache, and the GPU pauses for half a millisecond, so that the host is ahead and what
+is measured is the GPU's time.
 CUDA events, median over all calls. Under a power limit the clock moves by ten percent within
 minutes: taking turns lets every peer see the same clock, so compare within a row, not between
 files.

@@ -5,7 +5,7 @@
 namespace flashcore::sm90 {
 
 // In clusters of `cluster` blocks. early: may begin while the kernel before, which must be one of
-// ours, is ending.
+// ours, is at work.
 template <class Params>
 cudaError_t launch_kernel(void (*kernel)(Params), const Params& params, int blocks, int threads,
                           int shared_bytes, int cluster, bool early, cudaStream_t stream) {

@@ -8,7 +8,7 @@
 
 namespace flashcore::tile {
 
-// Of dividends in [0, 2^31). A divisor of 0 divides like 1.
+// Of dividends in [0, 2^31). A divisor of 0 may be kept, but nothing is divided by it.
 class Divisor {
  public:
   // floor(a m / 2^(31 + s)) with 2^s >= d and m = ceil(2^(31 + s) / d): m d exceeds 2^(31 + s) by
@@ -25,6 +25,9 @@ class Divisor {
                             d.shift_);
   }
   FC_HD friend constexpr int operator%(int a, Divisor const& d) { return a - a / d * d.value_; }
+  // Would convert it to int, and divide.
+  friend int& operator/=(int&, Divisor const&) = delete;
+  friend int& operator%=(int&, Divisor const&) = delete;
 
  private:
   int value_;

@@ -67,7 +67,7 @@ struct TensorMaps {
 struct BwdParams {
   TensorMaps q, k, v, dout;
   CUtensorMap dk_boxes, dv_boxes;  // tensor_map() of kStoredRows rows
-  bool boxes;  // whether dK and dV can be stored so: in this dtype, not added to
+  bool boxes;  // whether dK and dV can leave so: both in this dtype, not added to
   Matrix q_ref, k_ref, v_ref, out_ref, dout_ref;  // the same, for ordinary loads
   Matrix dq, dk, dv;
   const float *lse, *dlse;  // dlse may be null

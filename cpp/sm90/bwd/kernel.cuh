@@ -162,8 +162,8 @@ struct Kernel {
       int const rows = work.seqlen_q - m * T::kBlockM;
       load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
                                    shared_by_tiles, sizeof sh.minus_lse[s]);
-      // Only statistics come from the kernel before, which may still be at work. So may it be on
-      // the sums of dQ, but consumers add to them when these are here.
+      // Only statistics come from the kernel before, which may still be at work; and cleared sums
+      // of dQ and marks of what is to be repaired, which consumers write when these are here.
       if (fresh) wait_for_kernel_before();
       bulk_load(sh.minus_lse[s], stat_rows(p.minus_lse, p.lse_parts) + stats,
                 sizeof sh.minus_lse[s], sh.q_ready[s]);

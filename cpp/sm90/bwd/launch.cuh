@@ -24,6 +24,7 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
   }
   int const query_blocks = params.heads * params.head_blocks;
   if (query_blocks > 0) {
+    // Not early: the main kernel reads what came before this one without waiting for it.
     flash_bwd_sm90_preprocess<T><<<query_blocks, kPreprocessThreads, 0, stream>>>(params);
     cuda::check(cudaGetLastError(), "flash_bwd_sm90_preprocess");
   }
