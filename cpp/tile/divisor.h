@@ -1,6 +1,6 @@
-// Division by a number that is known before the launch: a multiplication and a shift. A division by
-// one that is not takes a thread more than a hundred cycles, and until a block of threads knows its
-// first tile, all of it waits.
+// Division by a number that is known before the launch: a multiplication and a shift, where a
+// division is a chain of some thirty instructions. Until a block of threads knows its first tile,
+// all of it waits.
 #pragma once
 #include <bit>
 
