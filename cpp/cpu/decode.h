@@ -262,7 +262,7 @@ class DecodeTask {
     for (int r = 0; r < rows_; ++r) {
       index_[r] = r / group_;
       head_[r] = kv_head * group_ + r % group_;
-      limits_[r] = tile::visible_keys(p.window, index_[r], ctx_.seq.q_offset, ctx_.seq.seqlen_k);
+      limits_[r] = tile::visible_keys(ctx_.seq.band, index_[r], ctx_.seq.seqlen_k);
     }
   }
 

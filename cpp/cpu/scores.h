@@ -163,8 +163,8 @@ inline tile::KeyRange visible_hull(const ScoreContext& c, int64_t h, int64_t row
   const Problem& p = c.p;
   row_end = min_of(row_end, c.seq.seqlen_q);
   if (row_end <= row_begin) return {keys.first, keys.first};
-  auto const top = tile::visible_keys(p.window, row_begin, c.seq.q_offset, c.seq.seqlen_k);
-  auto const bottom = tile::visible_keys(p.window, row_end - 1, c.seq.q_offset, c.seq.seqlen_k);
+  auto const top = tile::visible_keys(c.seq.band, row_begin, c.seq.seqlen_k);
+  auto const bottom = tile::visible_keys(c.seq.band, row_end - 1, c.seq.seqlen_k);
   keys.first = max_of(keys.first, top.first);
   keys.last = min_of(keys.last, bottom.last);
   if (keys.empty() || !p.kv_blocks) return {keys.first, max_of(keys.first, keys.last)};
@@ -187,8 +187,8 @@ inline tile::KeyRange visible_hull(const ScoreContext& c, int64_t h, int64_t row
 inline bool all_visible(const ScoreContext& c, int64_t row_begin, int64_t row_end,
                         tile::KeyRange keys) {
   if (c.p.mask || c.p.kv_blocks || row_end > c.seq.seqlen_q) return false;
-  auto const top = tile::visible_keys(c.p.window, row_begin, c.seq.q_offset, c.seq.seqlen_k);
-  auto const bottom = tile::visible_keys(c.p.window, row_end - 1, c.seq.q_offset, c.seq.seqlen_k);
+  auto const top = tile::visible_keys(c.seq.band, row_begin, c.seq.seqlen_k);
+  auto const bottom = tile::visible_keys(c.seq.band, row_end - 1, c.seq.seqlen_k);
   return bottom.first <= keys.first && keys.last <= top.last;
 }
 
@@ -207,7 +207,7 @@ void exclude(const ScoreContext& c, const ScoreTile<T>& t, T value) {
       fill(t.col0, end);
       continue;
     }
-    auto const keys = tile::visible_keys(p.window, i, c.seq.q_offset, c.seq.seqlen_k);
+    auto const keys = tile::visible_keys(c.seq.band, i, c.seq.seqlen_k);
     fill(t.col0, keys.first);
     fill(keys.last, end);
     if (p.kv_blocks) {

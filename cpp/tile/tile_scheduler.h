@@ -23,32 +23,50 @@ struct Tile {
 template <class Int>
 struct BasicTileScheduler {
   Int m_blocks = 0;
-  Int heads = 0;          // query heads
-  int pairs = 0;          // batch * heads
-  Int section_pairs = 1;  // heads of one section; >= 1
+  Divisor heads = 0;  // query heads
+  int pairs = 0;      // batch * heads
+  // Heads of one section, and of the last one, which may be narrower; >= 1.
+  Divisor section_pairs = 1, last_pairs = 1;
+  int num_sections = 0;
+
+  constexpr BasicTileScheduler() = default;
+  constexpr BasicTileScheduler(int m_blocks, int heads, int pairs, int section_pairs)
+      : m_blocks(m_blocks),
+        heads(heads),
+        pairs(pairs),
+        section_pairs(section_pairs),
+        last_pairs(pairs % section_pairs ? pairs % section_pairs : section_pairs),
+        num_sections(ceil_div(pairs, section_pairs)) {}
 
   FC_HD constexpr int num_tiles() const { return m_blocks * pairs; }
-  FC_HD constexpr int num_sections() const { return (pairs + section_pairs - 1) / section_pairs; }
   FC_HD constexpr int section(int index) const { return index / section_pairs / m_blocks; }
 
   // Whether tiles of the section rise, as an alternative to falling.
-  FC_HD constexpr bool rises(int section) const { return (num_sections() - 1 - section) % 2 != 0; }
+  FC_HD constexpr bool rises(int section) const { return (num_sections - 1 - section) % 2 != 0; }
 
   FC_HD constexpr Tile tile(int index) const {
-    int const s = section(index), first = s * section_pairs;
-    int const rest = index - first * m_blocks;
-    int row = rest / section_pairs, width = section_pairs;
-    if (pairs - first < width) {  // the last section may be narrower
-      width = pairs - first;
-      row = rest / width;
-    }
+    int const s = section(index), first = s * section_pairs, rest = index - first * m_blocks;
+    Divisor const width = s == num_sections - 1 ? last_pairs : section_pairs;
+    int const row = rest / width;
     int const pair = first + (rest - row * width), batch = pair / heads;
     return {rises(s) ? row : m_blocks - 1 - row, pair - batch * heads, batch};
   }
 
+  // The same in other sections.
+  constexpr BasicTileScheduler in_sections_of(int section_pairs) const {
+    return {m_blocks, heads, pairs, section_pairs};
+  }
+
   // The same with another m_blocks.
-  FC_HD constexpr BasicTileScheduler<int> with(int blocks) const {
-    return {blocks, heads, pairs, section_pairs};
+  FC_HD constexpr BasicTileScheduler<int> with(int m_blocks) const {
+    BasicTileScheduler<int> s;
+    s.m_blocks = m_blocks;
+    s.heads = heads;
+    s.pairs = pairs;
+    s.section_pairs = section_pairs;
+    s.last_pairs = last_pairs;
+    s.num_sections = num_sections;
+    return s;
   }
 };
 using TileScheduler = BasicTileScheduler<Divisor>;
@@ -70,7 +88,7 @@ constexpr double imbalance(const TileScheduler& s, int blocks, Cost cost) {
   double step[kMaxBlocks + 1] = {};  // change of cost from one block to the next
   double total = 0.0, everyone = 0.0;
   int position = 0;
-  for (int section = 0; section < s.num_sections(); ++section) {
+  for (int section = 0; section < s.num_sections; ++section) {
     int const width = min_of<int>(s.section_pairs, s.pairs - section * s.section_pairs);
     for (int row = 0; row < s.m_blocks; ++row) {
       double const c = cost(s.tile(section * s.section_pairs * s.m_blocks + row * width).m_block);
@@ -96,15 +114,13 @@ constexpr double imbalance(const TileScheduler& s, int blocks, Cost cost) {
 // sections and blocks are in resonance a block can get twice its share, so an uneven size is not
 // kept; nor is a large one given up for next to nothing.
 template <class Cost>
-constexpr int balanced_section(TileScheduler s, int largest, int group, int blocks, Cost cost) {
+constexpr int balanced_section(const TileScheduler& s, int largest, int group, int blocks, Cost cost) {
   constexpr double kEven = 1.005, kGain = 0.004;
-  s.section_pairs = largest;
   int best = largest;
-  double least = imbalance(s, blocks, cost);
+  double least = imbalance(s.in_sections_of(largest), blocks, cost);
   int const step = round_up(max_of(1, largest / 24), group);
   for (int n = largest - step; n >= max_of(1, largest / 8) && least > kEven; n -= step) {
-    s.section_pairs = n;
-    double const here = imbalance(s, blocks, cost);
+    double const here = imbalance(s.in_sections_of(n), blocks, cost);
     if (here < least - kGain) {
       least = here;
       best = n;

@@ -10,14 +10,13 @@ namespace {
 
 constexpr int64_t kSides[] = {0, 1, 3, 7, 20, Window::kOpen};
 
-// What a range of blocks must be: every block with a visible pair is visited, every block of the
-// middle part is visible in full, and the parts are ordered.
+// What a range of blocks must be: every block with a visible pair is visited, and those that need
+// no mask are the ones that are visible in full.
 template <class Visible>
-void check_range(BlockRange r, int64_t row_begin, int64_t row_end, int64_t cols, int64_t n,
+void check_range(BlockRange<int64_t> r, int64_t row_begin, int64_t row_end, int64_t cols, int64_t n,
                  Visible visible) {
-  CHECK(r.first <= r.first_full);
-  CHECK(r.first_full <= r.last_full);
-  CHECK(r.last_full <= r.last || r.empty());
+  CHECK(r.first <= r.first_full && r.first_full <= r.last);
+  CHECK(r.first <= r.last_full && r.last_full <= r.last);
   CHECK(r.empty() || (r.first >= 0 && r.last <= ceil_div(cols, n)));
   int64_t first = INT64_MAX, last = -1;
   for (int64_t block = 0; block * n < cols; ++block) {
@@ -57,9 +56,10 @@ TEST("key_blocks visits exactly the blocks with a visible pair") {
                 for (int64_t row = 0; row < seqlen_q; row += m) {
                   Window const w{left, right};
                   int64_t const row_end = min_of(row + m, seqlen_q);
-                  BlockRange const r = key_blocks(w, row, row_end, q_offset, seqlen_k, n);
+                  Band<int64_t> const band = band_of(w, q_offset);
+                  BlockRange const r = key_blocks(band, row, row_end, seqlen_k, n);
                   check_range(r, row, row_end, seqlen_k, n, [&](int64_t i, int64_t j) {
-                    return visible_keys(w, i, q_offset, seqlen_k).contains(j);
+                    return visible_keys(band, i, seqlen_k).contains(j);
                   });
                 }
 }
@@ -75,18 +75,20 @@ TEST("row_blocks visits exactly the blocks with a visible pair") {
                 for (int64_t key = 0; key < seqlen_k; key += n) {
                   Window const w{left, right};
                   int64_t const key_end = min_of(key + n, seqlen_k);
-                  BlockRange const r = row_blocks(w, key, key_end, q_offset, seqlen_q, m);
+                  Band<int64_t> const band = band_of(w, q_offset);
+                  BlockRange const r = row_blocks(band, key, key_end, seqlen_q, m);
                   check_range(r, key, key_end, seqlen_q, m, [&](int64_t j, int64_t i) {
-                    return visible_keys(w, i, q_offset, seqlen_k).contains(j);
+                    return visible_keys(band, i, seqlen_k).contains(j);
                   });
                 }
 }
 
 TEST("no rows or no keys visit nothing") {
-  CHECK(key_blocks({}, 4, 4, 0, 10, 4).empty());
-  CHECK(key_blocks({}, 0, 4, 0, 0, 4).empty());
-  CHECK(key_blocks({Window::kOpen, 0}, 0, 4, -10, 10, 4).empty());
-  CHECK(row_blocks({}, 4, 4, 0, 10, 4).empty());
+  Band<int64_t> const open, causal = band_of({Window::kOpen, 0}, -10);
+  CHECK(key_blocks<int64_t>(open, 4, 4, 10, 4).empty());
+  CHECK(key_blocks<int64_t>(open, 0, 4, 0, 4).empty());
+  CHECK(key_blocks<int64_t>(causal, 0, 4, 10, 4).empty());
+  CHECK(row_blocks<int64_t>(open, 4, 4, 10, 4).empty());
 }
 
 TEST_MAIN()

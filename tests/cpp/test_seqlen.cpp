@@ -64,6 +64,36 @@ TEST("packed sequences") {
   }
 }
 
+TEST("in 32 bits a sequence shows the same keys, however far away its diagonal is") {
+  int64_t const sides[] = {0, 1, 40, 1000, INT32_MAX, int64_t{3} << 30, tile::Window::kOpen};
+  int64_t const offsets[] = {0, 7, -7, 900, 1 << 29, -(1 << 29), INT32_MAX - 3, 3 - INT32_MAX};
+  int64_t const lengths[] = {0, 1, 50, 1000, 1 << 29};
+  for (int64_t left : sides)
+    for (int64_t right : sides)
+      for (int64_t q_offset : offsets)
+        for (int64_t seqlen_q : lengths)
+          for (int64_t seqlen_k : lengths) {
+            Problem p = padded();
+            p.seqlen_q = seqlen_q;
+            p.seqlen_k = seqlen_k;
+            p.window = {left, right};
+            p.has_q_offset = true;
+            p.q_offset = q_offset;
+            tile::Sequence const s = sequence_of(p, 0);
+            tile::ShortSequence const narrow = sequence_of<int>(p, 0);
+            for (int i : {0, 1, 45, 999, 1 << 29}) {
+              tile::KeyRange const keys = tile::visible_keys<int64_t>(s.band, i, seqlen_k);
+              auto const same_keys = tile::visible_keys(narrow.band, i, narrow.seqlen_k);
+              CHECK_EQ(same_keys.first, keys.first);
+              CHECK_EQ(same_keys.last, keys.last);
+              tile::KeyRange const rows = tile::visible_rows<int64_t>(s.band, i, seqlen_q);
+              auto const same_rows = tile::visible_rows(narrow.band, i, narrow.seqlen_q);
+              CHECK_EQ(same_rows.first, rows.first);
+              CHECK_EQ(same_rows.last, rows.last);
+            }
+          }
+}
+
 TEST("q_offset wins over the alignment, and per sequence over the one for all") {
   int32_t const offsets[] = {-3, 0, 8};
   for (bool top_left : {false, true})

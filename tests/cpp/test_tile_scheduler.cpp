@@ -47,7 +47,7 @@ TEST("sections follow one another, alternately falling and rising, and the last 
       int const section_a = (a.batch * s.heads + a.head) / s.section_pairs;
       int const section_b = (b.batch * s.heads + b.head) / s.section_pairs;
       CHECK(section_a <= section_b);
-      bool const falls = (s.num_sections() - 1 - section_a) % 2 == 0;
+      bool const falls = (s.num_sections - 1 - section_a) % 2 == 0;
       if (section_a == section_b)
         CHECK(falls ? a.m_block >= b.m_block : a.m_block <= b.m_block);
       else
@@ -79,7 +79,7 @@ TEST("a resonance between sections and blocks is avoided") {
   auto const cost = [](int m) { return m + 1.0; };
   TileScheduler s{22, 16, 128, 3};
   CHECK(tile::imbalance(s, 132, cost) > 1.5);
-  s.section_pairs = tile::balanced_section(s, 3, 1, 132, cost);
+  s = s.in_sections_of(tile::balanced_section(s, 3, 1, 132, cost));
   CHECK(tile::imbalance(s, 132, cost) < 1.1);
 }
 

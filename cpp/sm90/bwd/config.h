@@ -7,6 +7,7 @@
 #include "sm90/bwd/stat_parts.h"
 #include "tile/block_list.h"
 #include "tile/mask.h"
+#include "tile/seqlen.h"
 #include "tile/tile_scheduler.h"
 
 namespace flashcore::sm90::bwd {
@@ -105,6 +106,8 @@ struct BwdParams {
   int64_t q_offset;
   const int32_t* q_offset_tensor;
   tile::Window window;
+  bool alike;                    // all sequences are this one:
+  tile::ShortSequence sequence;  // else sequence_of reads the above
 
   // Only kernels with terms look at these.
   float softcap_inner;        // scale / softcap; 0: no softcap

@@ -318,6 +318,8 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.q_offset = p.q_offset;
   params.q_offset_tensor = p.q_offset_tensor;
   params.window = p.window;
+  params.alike = tile::alike(p);
+  if (params.alike) params.sequence = tile::sequence_of<int>(p, 0);
 
   params.softcap_inner = p.softcap > 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
   params.alibi_slopes = p.alibi_slopes;
@@ -351,21 +353,20 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     auto const cost = [&](int block) {
       int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
-      auto const rows = tile::row_blocks(p.window, key, min_of(key + c.block_n, p.seqlen_k),
-                                         q_offset, p.seqlen_q, c.block_m);
+      auto const rows = tile::row_blocks<int64_t>(tile::band_of(p.window, q_offset), key,
+                                                  min_of(key + c.block_n, p.seqlen_k), p.seqlen_q,
+                                                  c.block_m);
       return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
     };
     // The search takes tens of microseconds, the rest of a call two.
     thread_local Memo<int, 11> known;
-    params.scheduler.section_pairs =
+    tile::TileScheduler& s = params.scheduler;
+    s = s.in_sections_of(
         packed || c.lists || d.ordered
             ? largest
             : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
                          p.window.right, q_offset, pairs, largest, params.group, d.clusters},
-                        [&] {
-                          return tile::balanced_section(params.scheduler, largest, 1, d.clusters,
-                                                        cost);
-                        });
+                        [&] { return tile::balanced_section(s, largest, 1, d.clusters, cost); }));
   }
   if (d.sorted)
     order_tiles({.lists = params.kept_queries,

@@ -22,20 +22,19 @@ struct StepOrder {
   int fresh, complete;
 
   // rows: what the tile visits; reversed: with a fixed order, the tiles of the head rise.
-  FC_HD constexpr void set_steps(tile::BlockRange const& rows, bool reversed) {
-    int const first = static_cast<int>(rows.first), last = static_cast<int>(rows.last);
+  FC_HD constexpr void set_steps(tile::BlockRange<int> const& rows, bool reversed) {
     stride = reversed ? -1 : 1;
-    begin = reversed ? last - 1 : first;
-    end = reversed ? first - 1 : last;
-    fresh = last;
-    complete = first;
+    begin = reversed ? rows.last - 1 : rows.first;
+    end = reversed ? rows.first - 1 : rows.last;
+    fresh = rows.last;
+    complete = rows.first;
   }
   // before: what the tile one before in the sequence visits; after: one after.
-  FC_HD constexpr void set_fresh(tile::BlockRange const& rows, tile::BlockRange const& before) {
-    fresh = static_cast<int>(before.empty() ? rows.first : before.last);
+  FC_HD constexpr void set_fresh(tile::BlockRange<int> const& rows, tile::BlockRange<int> const& before) {
+    fresh = before.empty() ? rows.first : before.last;
   }
-  FC_HD constexpr void set_complete(tile::BlockRange const& rows, tile::BlockRange const& after) {
-    complete = static_cast<int>(after.empty() ? rows.last : after.first);
+  FC_HD constexpr void set_complete(tile::BlockRange<int> const& rows, tile::BlockRange<int> const& after) {
+    complete = after.empty() ? rows.last : after.first;
   }
 
   FC_HD constexpr bool waits(int m) const { return m >= complete && m < fresh; }

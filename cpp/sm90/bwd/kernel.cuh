@@ -53,7 +53,8 @@ struct Kernel {
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     Ring ring = Ring::producer();
     auto tiles = tile::Ring<T::kTilesOfK>::producer();
-    uint32_t parity = 1;
+    tiles.advance();      // past the rehearsal
+    uint32_t parity = 1;  // of what begins with the first tile; v_free begins with the rehearsal
     if constexpr (!T::kLists)
       sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
     for (;;) {
@@ -68,12 +69,12 @@ struct Kernel {
       if (work.key < 0) break;
       if (work.empty()) {
         if constexpr (T::kLists) sh.next_free.arrive();
-        sh.v_free.wait(parity);
+        sh.v_free.wait(parity ^ 1);
         sh.k_ready[tiles.stage].arrive();
         sh.v_ready.arrive();
         if (T::kByCluster) sh.peer_k_ready.arrive();
       } else {
-        load_tile(p, sh, tiles.stage, ring, parity);
+        load_tile(p, sh, tiles.stage, ring, parity ^ 1);
       }
       tiles.advance();
       parity ^= 1;
@@ -114,12 +115,13 @@ struct Kernel {
   // another, whoever is done takes the next one, from a counter in memory.
   FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile,
                                   uint32_t parity) {
-    if (!p.taken) return sh.tiles.next(p, T::kBlockN, tile);
-    int const index = take(p, sh, parity);
-    sh.tiles.at() = index;
+    if (p.taken) sh.tiles.at() = take(p, sh, parity);
+    int const index = sh.tiles.at();
     if (!sh.tiles.next(p, T::kBlockN, tile)) return false;
-    p.taker[index] = static_cast<int>(blockIdx.x / T::kCluster);
-    in_order(p, tile);
+    if (p.taken) {
+      p.taker[index] = static_cast<int>(blockIdx.x / T::kCluster);
+      in_order(p, tile);
+    }
     return true;
   }
   // In a cluster the first block does, and tells the other one.
@@ -147,7 +149,7 @@ struct Kernel {
 
   // K, V and the query blocks in the order in which they are used.
   FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, int slot, Ring& ring,
-                                  uint32_t parity) {
+                                  uint32_t v_parity) {
     const Work& work = sh.work[slot];
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
     int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
@@ -168,7 +170,7 @@ struct Kernel {
       bulk_load(sh.minus_lse[s], stat_rows(p.minus_lse, p.lse_parts) + stats,
                 sizeof sh.minus_lse[s], sh.q_ready[s]);
       if (fresh) {
-        sh.v_free.wait(parity);
+        sh.v_free.wait(v_parity);
         load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k, once);
         if constexpr (T::kByCluster) {
           int const to_peer = T::kKeys * (1 - 2 * rank);
@@ -314,10 +316,11 @@ struct Kernel {
     if (p.redo_keys && broken(x)) return true;
     if constexpr (kByWayOfV)
       if (p.boxes) {
-        int const key = work.key + c.warp_key();
-        store_boxes<Element, T::kKeys>(boxes, to, p.cu_seqlens_k, c.sh.v, c.warp_key(), x, scale,
-                                       work.batch, work.kv_head, work.k_begin + key,
-                                       work.seqlen_k - key, work.written_k - key, cols);
+        int const row = T::first_key(c.index, c.rank) + warp_index() % 4 * 16;
+        int const key = work.key + row;
+        store_boxes<Element, T::kKeys>(boxes, to, p.cu_seqlens_k, c.sh.v, row, x, scale, work.batch,
+                                       work.kv_head, work.k_begin + key, work.seqlen_k - key,
+                                       work.written_k - key, cols);
         return false;
       }
     int const key = work.key + T::first_key(c.index, c.rank);
@@ -327,7 +330,7 @@ struct Kernel {
     return false;
   }
   FC_DEVICE static void note_redo(const Consumer<T>& c, const Work& work, int redo) {
-    if (c.p.redo_keys && threadIdx.x % 32 == 0) {
+    if (c.p.redo_keys && work.key < work.written_k && threadIdx.x % 32 == 0) {
       int const warp = threadIdx.x / 32 - 4;
       *redo_keys<T>(c.p, work, c.rank, warp) = static_cast<uint8_t>(redo);
       if (redo) c.sh.redo[warp] = true;
@@ -362,6 +365,16 @@ struct Kernel {
                               min_of(from + T::kDqPutCols, p.head_dim));
             }
     }
+  }
+
+  // Before the first tile there is one that is not there. Consumers store none of it, but what they
+  // run then is in the instruction cache when they come to it again, and until the first K and Q
+  // are here they have nothing else to do.
+  FC_DEVICE static void rehearse(Shared& sh) {
+    sh.work[0] = Work::past_the_end();
+    sh.k_ready[0].arrive();
+    sh.v_ready.arrive();
+    sh.peer_k_ready.arrive();
   }
 
   FC_DEVICE static void init_barriers(const BwdParams& p, Shared& sh) {
@@ -401,7 +414,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     flash_bwd_sm90(const __grid_constant__ BwdParams p) {
   extern __shared__ __align__(1024) char smem[];
   auto& sh = *reinterpret_cast<typename T::Shared*>(smem);
-  if (threadIdx.x == 0) Kernel<T>::init_barriers(p, sh);
+  if (threadIdx.x == 0) {
+    Kernel<T>::init_barriers(p, sh);
+    Kernel<T>::rehearse(sh);
+  }
   if constexpr (T::kByCluster)
     cluster_sync();
   else

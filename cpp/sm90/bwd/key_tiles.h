@@ -16,12 +16,11 @@ FC_HD constexpr int key_tiles(P const& p, int batch, int block_n) {
 }
 
 // The query blocks of key tile n of a sequence; none if there is no such tile.
-template <class P>
-FC_HD constexpr tile::BlockRange rows_of(P const& p, const tile::Sequence& seq, int64_t n,
-                                         int block_m, int block_n) {
+FC_HD constexpr tile::BlockRange<int> rows_of(const tile::ShortSequence& seq, int n, int block_m,
+                                              int block_n) {
   if (n < 0) return {};
-  return tile::row_blocks(p.window, n * block_n, min_of<int64_t>((n + 1) * block_n, seq.seqlen_k),
-                          seq.q_offset, seq.seqlen_q, block_m);
+  return tile::row_blocks(seq.band, n * block_n, min_of((n + 1) * block_n, seq.seqlen_k),
+                          seq.seqlen_q, block_m);
 }
 
 // P: a kernel's parameters. Either the tiles of whole (batch, key head) pairs, in rising order; or
@@ -81,7 +80,7 @@ class KeyTiles {
       auto const s = p.scheduler.with(key_tiles(p, batch_, block_n));
       if (at_ - before_ < s.num_tiles()) {
         // The wave of long and short tiles goes on from sequence to sequence.
-        take(s, at_ - before_, (p.batch - 1 - batch_) * s.num_sections() % 2 != 0, tile);
+        take(s, at_ - before_, (p.batch - 1 - batch_) * s.num_sections % 2 != 0, tile);
         tile.batch = batch_;
         return true;
       }

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(T::Dq::kThreads, 1)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
   int const block = blockIdx.x, head = block / p.head_blocks;
   QueryBlock const at = query_block(p, block % p.head_blocks, T::kBlockM);
-  tile::Sequence const seq = tile::sequence_of(p, at.batch);
+  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch);
   wait_for_kernel_before();
   if (at.written <= 0) return;
   int const consumer = threadIdx.x / 128;
@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(T::Dq::kThreads, 1)
     return Repair<T>::dq_rows(p, at.batch, head, row + threadIdx.x % 128 / 32 * 16, col,
                               min_of(col + 8 * T::Dq::quads(consumer), p.head_dim));
   store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, at.batch, head,
-                                  seq.q_begin + row, static_cast<int>(seq.seqlen_q) - row,
-                                  at.row + at.written - row, col, p.head_dim - col);
+                                  seq.q_begin + row, seq.seqlen_q - row, at.row + at.written - row, col, p.head_dim - col);
 }
 
 }  // namespace flashcore::sm90::bwd

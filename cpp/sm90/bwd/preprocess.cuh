@@ -12,10 +12,11 @@ constexpr int kPreprocessBlocks = T::kBlockM * T::kPanelsV > 128 ? 2 : 4;
 
 // True if a key tile visits the query block. Every thread of the block must call it.
 template <class T>
-FC_DEVICE bool visited(const BwdParams& p, const tile::Sequence& seq, QueryBlock at) {
+FC_DEVICE bool visited(const BwdParams& p, QueryBlock at) {
+  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch);
   bool any = false;
   for (int n = threadIdx.x; n < key_tiles(p, at.batch, T::kBlockN); n += kPreprocessThreads) {
-    tile::BlockRange const rows = rows_of(p, seq, n, T::kBlockM, T::kBlockN);
+    tile::BlockRange<int> const rows = rows_of(seq, n, T::kBlockM, T::kBlockN);
     any |= rows.first <= at.m && at.m < rows.last;
   }
   return __syncthreads_or(any);
@@ -24,7 +25,7 @@ FC_DEVICE bool visited(const BwdParams& p, const tile::Sequence& seq, QueryBlock
 // The sums of dQ become zero if key tiles will add to them; else dQ itself does where no key tile
 // comes.
 template <class T>
-FC_DEVICE void clear_dq(const BwdParams& p, const tile::Sequence& seq, QueryBlock at, int head) {
+FC_DEVICE void clear_dq(const BwdParams& p, QueryBlock at, int q_begin, int head) {
   using Element = typename T::Element;
   if (!p.dq.data) return;
   if (T::kLists || !p.whole_heads) {
@@ -34,11 +35,11 @@ FC_DEVICE void clear_dq(const BwdParams& p, const tile::Sequence& seq, QueryBloc
       sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
     return;
   }
-  if (p.accumulate || visited<T>(p, seq, at)) return;
+  if (p.accumulate || visited<T>(p, at)) return;
   for (int i = threadIdx.x; i < T::kBlockM * p.head_dim; i += kPreprocessThreads) {
     int const row = i / p.head_dim, col = i % p.head_dim;
     if (row >= at.written) return;
-    int64_t const to = seq.q_begin + at.row + row;
+    int64_t const to = q_begin + at.row + row;
     if (p.dq.f32)
       *row_address<float>(p.dq, at.batch, head, to, col) = 0.0f;
     else
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
 
   int const block = blockIdx.x, head = block / p.head_blocks;
   QueryBlock const at = query_block(p, block % p.head_blocks, T::kBlockM);
-  tile::Sequence const seq = tile::sequence_of(p, at.batch);
-  int const rows = static_cast<int>(seq.seqlen_q) - at.row;  // of the block, if it has that many
+  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch);
+  int const rows = seq.seqlen_q - at.row;  // of the block, if it has that many
   int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
 
   union Chunk {
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
   }
   // While that is on its way.
   if (p.redo_queries && threadIdx.x < 16) p.redo_queries[int64_t{block} * 16 + threadIdx.x] = 0;
-  if (at.written > 0) clear_dq<T>(p, seq, at, head);
+  if (at.written > 0) clear_dq<T>(p, at, seq.q_begin, head);
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
     float delta = 0.0f;

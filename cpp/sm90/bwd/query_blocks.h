@@ -13,11 +13,10 @@
 
 namespace flashcore::sm90::bwd {
 
-// P: a problem, or a kernel's parameters.
+// P: a kernel's parameters.
 template <class P>
-FC_HD constexpr int64_t first_query_block(P const& p, int64_t batch, int block_m) {
-  return p.cu_seqlens_q ? p.cu_seqlens_q[batch] / block_m + batch
-                        : batch * ceil_div<int64_t>(p.seqlen_q, block_m);
+FC_HD constexpr int first_query_block(P const& p, int batch, int block_m) {
+  return p.cu_seqlens_q ? p.cu_seqlens_q[batch] / block_m + batch : batch * p.sequence_blocks;
 }
 
 // Of a head: what all sequences need, with rows the rows of a packed tensor.
@@ -47,7 +46,7 @@ FC_HD constexpr QueryBlock query_block(P const& p, int block, int block_m) {
   } else {
     low = block / p.sequence_blocks;
   }
-  int const m = static_cast<int>(block - first_query_block(p, low, block_m));
+  int const m = block - first_query_block(p, low, block_m);
   int const rows =
       static_cast<int>(p.cu_seqlens_q ? tile::sequence_of(p, low).seqlen_q : int64_t{p.seqlen_q});
   return {low, m, m * block_m, rows - m * block_m};

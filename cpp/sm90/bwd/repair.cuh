@@ -141,7 +141,7 @@ struct Repair {
     KRow const q = load<KRow>(p.q_ref, batch, head, seq.q_begin + i, p.head_dim);
     VRow const dout = load<VRow>(p.dout_ref, batch, head, seq.q_begin + i, p.head_dim_v);
     int64_t const stats = stats_of(p, batch, head) + i;
-    tile::KeyRange keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
+    tile::KeyRange keys = tile::visible_keys(seq.band, i, seq.seqlen_k);
     if (p.minus_lse[stats] == -INFINITY) keys.last = keys.first;
     auto const kept = kept_keys(p, batch, head, i);
     auto const end = kept.below(keys.last);
@@ -173,7 +173,7 @@ struct Repair {
     bool const padding = j >= seq.seqlen_k;
     KRow const k = load<KRow>(p.k_ref, work.batch, work.kv_head, seq.k_begin + j, p.head_dim);
     VRow const v = load<VRow>(p.v_ref, work.batch, work.kv_head, seq.k_begin + j, p.head_dim_v);
-    tile::KeyRange rows = tile::visible_rows(p.window, j, seq.q_offset, seq.seqlen_q);
+    tile::KeyRange rows = tile::visible_rows(seq.band, j, seq.seqlen_q);
     if (padding) rows.last = rows.first;
     KRow dk;
     VRow dv;

@@ -82,8 +82,9 @@ FC_DEVICE void store_boxes(const CUtensorMap& map, const Matrix& m, bool packed,
                            int first, const float (&x)[N], float scale, int batch, int head,
                            int row, int valid, int rows, int cols) {
   int const lane = threadIdx.x % 32, matrix = lane / 8;
+  bool const stores = elect_one();  // the same lane whenever the warp is together
   bool const kept[] = {lane / 4 < valid, lane / 4 + 8 < valid};
-  if (lane == 0) tma_store_wait_read();  // what was stored before has left
+  if (stores) tma_store_wait_read();  // what was stored before has left
   __syncwarp();
   uint32_t const base = smem_address(panels);
 #pragma unroll
@@ -101,7 +102,7 @@ FC_DEVICE void store_boxes(const CUtensorMap& map, const Matrix& m, bool packed,
   fence_async_shared();
   __syncwarp();
   bool const cut = packed && rows < kStoredRows;
-  if (lane == 0 && !cut) {
+  if (!cut && stores) {
 #pragma unroll
     for (int panel = 0; panel < ceil_div(2 * N, kPanelCols); ++panel)
       if (panel * kPanelCols < cols)

@@ -35,6 +35,13 @@ struct alignas(16) Work : StepOrder {
   int key_block;                  // the tile's number among all of a key head
   int diagonal;                   // how far past `key` the key is that row 0 faces
 
+  // A tile past the end of everything: no keys, no queries.
+  static FC_DEVICE Work past_the_end() {
+    Work work{};
+    work.key = 1 << 29;
+    return work;
+  }
+
   FC_DEVICE bool empty() const { return last <= first; }
   FC_DEVICE bool masked(int m) const { return m < full || m >= last_full; }
 
@@ -44,44 +51,34 @@ struct alignas(16) Work : StepOrder {
   // falling: the tiles of the head do.
   FC_DEVICE void set(const BwdParams& p, tile::Tile tile, bool falling, int block_m, int block_n,
                      int slot) {
-    auto narrow = [](int64_t x) { return static_cast<int>(x); };
-    tile::Sequence const seq = tile::sequence_of(p, tile.batch);
+    tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch);
     int const n = tile.m_block;
     kv_head = tile.head;
     batch = tile.batch;
     key = n * block_n;
-    q_begin = narrow(seq.q_begin);
-    k_begin = narrow(seq.k_begin);
-    seqlen_q = narrow(seq.seqlen_q);
-    seqlen_k = narrow(seq.seqlen_k);
+    q_begin = seq.q_begin;
+    k_begin = seq.k_begin;
+    seqlen_q = seq.seqlen_q;
+    seqlen_k = seq.seqlen_k;
     written_q = p.cu_seqlens_q ? seqlen_q : p.seqlen_q;
     written_k = p.cu_seqlens_k ? seqlen_k : p.seqlen_k;
-    stats = narrow(first_query_block(p, tile.batch, block_m));
+    stats = first_query_block(p, tile.batch, block_m);
     sums = p.block_slots ? (slot - tile.head) * p.group * p.slot_blocks : stats;
     key_block = n + (p.cu_seqlens_k ? p.cu_seqlens_k[tile.batch] / block_n + tile.batch
-                                    : tile.batch * ceil_div(p.seqlen_k, block_n));
-    diagonal = far(seq.q_offset - key);
-    window_first = far(key - seq.q_offset - p.window.right);
-    window_last = far(key - seq.q_offset + p.window.left + 1);
-    asm volatile("" ::: "memory");  // all of the above is stored before the rest begins
-    tile::BlockRange const rows = rows_of(p, seq, n, block_m, block_n);
-    first = narrow(rows.first);
-    last = narrow(rows.last);
-    full = key + block_n <= seqlen_k ? narrow(rows.first_full) : last;
-    last_full = narrow(rows.last_full);
+                                    : tile.batch * p.scheduler.m_blocks);
+    diagonal = seq.q_offset - key;
+    window_first = key - seq.band.end + 1;
+    window_last = key - seq.band.begin + 1;
+    tile::BlockRange<int> const rows = rows_of(seq, n, block_m, block_n);
+    first = rows.first;
+    last = rows.last;
+    full = key + block_n <= seqlen_k ? rows.first_full : last;
+    last_full = rows.last_full;
     bool const rising = p.turns && !falling;
     set_steps(rows, rising);
-    asm volatile("" ::: "memory");
-    if (p.whole_heads || rising) set_fresh(rows, rows_of(p, seq, n - 1, block_m, block_n));
-    asm volatile("" ::: "memory");
+    if (p.whole_heads || rising) set_fresh(rows, rows_of(seq, n - 1, block_m, block_n));
     if (p.whole_heads || (p.turns && falling))
-      set_complete(rows, rows_of(p, seq, n + 1, block_m, block_n));
-  }
-
-  // Within what an int holds with room to spare; dispatch refuses sequences that long.
-  static FC_HD constexpr int far(int64_t rows) {
-    constexpr int64_t kFar = INT32_MAX / 2 - 1024;
-    return static_cast<int>(min_of(kFar, max_of(-kFar, rows)));
+      set_complete(rows, rows_of(seq, n + 1, block_m, block_n));
   }
 };
 

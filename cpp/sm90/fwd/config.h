@@ -6,6 +6,7 @@
 #include "common/types.h"
 #include "tile/block_list.h"
 #include "tile/mask.h"
+#include "tile/seqlen.h"
 #include "tile/tile_scheduler.h"
 
 namespace flashcore::sm90::fwd {
@@ -69,6 +70,8 @@ struct FwdParams {
   int64_t q_offset;
   const int32_t* q_offset_tensor;
   tile::Window window;
+  bool alike;                    // all sequences are this one:
+  tile::ShortSequence sequence;  // else sequence_of reads the above
   tile::TileScheduler scheduler;  // of a packed batch: of one sequence, whose m_blocks it sets
 
   // The keys in num_splits parts of split_blocks blocks; then results go, in float32 and without

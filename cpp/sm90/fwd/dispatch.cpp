@@ -194,24 +194,24 @@ void schedule(const FwdConfig& c, const Problem& p, FwdParams& params) {
   s = {static_cast<int>(ceil_div<int64_t>(p.seqlen_q, c.block_m)), static_cast<int>(p.num_heads_q),
        pairs, largest};
   if (c.mask == none) {  // all tiles cost the same: neighbours share K and V, nothing else counts
-    s.section_pairs = params.group;
+    s = s.in_sections_of(params.group);
   } else if (!p.cu_seqlens_q && c.mask == window) {
     int const workers = c.teams * cuda::devices()[p.device_id].multiprocessors;
-    tile::Sequence seq{0, 0, p.seqlen_q, p.seqlen_k, p.seqlen_k - p.seqlen_q};
-    if (p.has_q_offset || p.top_left) seq.q_offset = p.has_q_offset ? p.q_offset : 0;
+    int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     auto const cost = [&](int m_block) {
       int64_t const row = int64_t{m_block} * c.block_m;
-      auto const keys = tile::key_blocks(p.window, row, min_of(row + c.block_m, p.seqlen_q),
-                                         seq.q_offset, p.seqlen_k, c.block_n);
+      auto const keys = tile::key_blocks<int64_t>(tile::band_of(p.window, q_offset), row,
+                                                  min_of(row + c.block_m, p.seqlen_q), p.seqlen_k,
+                                                  c.block_n);
       return static_cast<double>(keys.last - keys.first) + kTileOverhead;
     };
     // The search takes tens of microseconds, the rest of a call two.
     thread_local Memo<int, 11> known;
     if (s.num_tiles() > workers)
-      s.section_pairs = known.get(
-          {c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left, p.window.right,
-           seq.q_offset, pairs, largest, params.group, workers},
-          [&] { return tile::balanced_section(s, largest, params.group, workers, cost); });
+      s = s.in_sections_of(known.get(
+          {c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left, p.window.right, q_offset,
+           pairs, largest, params.group, workers},
+          [&] { return tile::balanced_section(s, largest, params.group, workers, cost); }));
   }
 }
 
@@ -266,6 +266,8 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan& plan, vo
   params.q_offset = p.q_offset;
   params.q_offset_tensor = p.q_offset_tensor;
   params.window = p.window;
+  params.alike = tile::alike(p);
+  if (params.alike) params.sequence = tile::sequence_of<int>(p, 0);
 
   params.softcap_inner = p.softcap > 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
   params.alibi_slopes = p.alibi_slopes;

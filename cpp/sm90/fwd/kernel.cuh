@@ -59,6 +59,7 @@ struct Kernel {
 
     Ring k = Ring::producer(), v = Ring::producer();
     QRing q = QRing::producer();
+    q.advance();  // past the rehearsal
     auto tiles = [&] {
       if constexpr (T::kFinders)
         return FoundTiles<T>{sh};
@@ -345,6 +346,14 @@ struct Kernel {
     if (threadIdx.x % 32 == 0) free.arrive();
   }
 
+  // Before the first tile there is one that is not there. Consumers store none of it, but what they
+  // run then is in the instruction cache when they come to it again, and until the first Q and K
+  // are here they have nothing else to do.
+  FC_DEVICE static void rehearse(Shared& sh) {
+    sh.work[0] = Work::past_the_end();
+    sh.q_ready[0].arrive();
+  }
+
   FC_DEVICE static void init_barriers(Shared& sh) {
     constexpr int kConsumerWarps = 4 * T::kConsumers;
     sh.found_ready.init(1);
@@ -368,7 +377,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     flash_fwd_sm90(const __grid_constant__ FwdParams p) {
   extern __shared__ __align__(1024) char smem[];
   auto* const teams = reinterpret_cast<typename T::Shared*>(smem);
-  if (threadIdx.x < T::kTeams) Kernel<T>::init_barriers(teams[threadIdx.x]);
+  if (threadIdx.x < T::kTeams) {
+    Kernel<T>::init_barriers(teams[threadIdx.x]);
+    Kernel<T>::rehearse(teams[threadIdx.x]);
+  }
   __syncthreads();
   if (warpgroup_index() == 0)
     Kernel<T>::produce(p, teams);

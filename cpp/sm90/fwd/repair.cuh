@@ -71,7 +71,7 @@ struct Repair {
   FC_DEVICE static tile::KeyRange keys_of(const FwdParams& p, const Work& work,
                                           const tile::Sequence& seq, int i) {
     if (i >= seq.seqlen_q) return {};  // padding
-    tile::KeyRange keys = tile::visible_keys(p.window, i, seq.q_offset, seq.seqlen_k);
+    tile::KeyRange keys = tile::visible_keys<int64_t>(seq.band, i, seq.seqlen_k);
     int64_t const part = int64_t{p.split_blocks} * T::kBlockN;
     keys = {max_of(keys.first, work.split * part), min_of(keys.last, (work.split + 1) * part)};
     auto const kept = kept_keys(p, work);

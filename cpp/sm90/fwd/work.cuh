@@ -39,43 +39,32 @@ struct alignas(16) Work {
   }
 
   static FC_DEVICE Work none() { return {-1}; }
+  // A tile past the end of everything: no rows, no keys.
+  static FC_DEVICE Work past_the_end() { return {1 << 29}; }
 
   // masked: else p.window is open, and the compiler is to know.
   static FC_DEVICE Work of(const FwdParams& p, tile::Tile tile, int split, int block_m, int block_n,
                            bool masked) {
-    tile::Window const window = masked ? p.window : tile::Window{};
-    tile::Sequence const seq = tile::sequence_of(p, tile.batch);
+    tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch);
+    tile::Band<int> const band = masked ? seq.band : tile::Band<int>{};
     int const row = tile.m_block * block_m;
-    tile::BlockRange const blocks =
-        tile::key_blocks(window, row, min_of<int64_t>(row + block_m, seq.seqlen_q), seq.q_offset,
-                         seq.seqlen_k, block_n);
-    auto narrow = [](int64_t x) { return static_cast<int>(x); };
-    // Nothing is cut on the left of an open window. Where no block is full, all may be.
-    int64_t const first_full = window.left >= tile::Window::kOpen      ? blocks.first
-                               : blocks.first_full == blocks.last_full ? blocks.last
-                                                                       : blocks.first_full;
-    return {
-        row,
-        tile.head,
-        tile.batch,
-        split,
-        narrow(seq.q_begin),
-        narrow(seq.seqlen_q),
-        narrow(max_of<int64_t>(blocks.first, int64_t{split} * p.split_blocks)),
-        narrow(first_full),
-        narrow(blocks.last_full),
-        narrow(min_of<int64_t>(blocks.last, int64_t{split + 1} * p.split_blocks)),
-        narrow(seq.seqlen_k),
-        narrow(seq.k_begin),
-        far(row + seq.q_offset),
-        window.left >= tile::Window::kOpen ? -kFar : far(row + seq.q_offset - window.left),
-        window.right >= tile::Window::kOpen ? kFar : far(row + seq.q_offset + window.right + 1)};
-  }
-
-  // Within what an int holds with room to spare; dispatch refuses sequences that long.
-  static constexpr int kFar = INT32_MAX / 2 - 1024;
-  static FC_HD constexpr int far(int64_t keys) {
-    return static_cast<int>(min_of<int64_t>(kFar, max_of<int64_t>(-kFar, keys)));
+    tile::BlockRange<int> const blocks = tile::key_blocks(
+        band, row, min_of(row + block_m, seq.seqlen_q), seq.seqlen_k, block_n);
+    return {row,
+            tile.head,
+            tile.batch,
+            split,
+            seq.q_begin,
+            seq.seqlen_q,
+            max_of(blocks.first, split * p.split_blocks),
+            blocks.first_full,
+            blocks.last_full,
+            min_of(blocks.last, (split + 1) * p.split_blocks),
+            seq.seqlen_k,
+            seq.k_begin,
+            row + seq.q_offset,
+            row + band.begin,
+            row + band.end};
   }
 };
 
@@ -107,7 +96,7 @@ struct TileCursor {
         tile = s.tile(index - before);
         tile.batch = b;
         // The wave goes on from sequence to sequence.
-        if ((p.batch - 1 - b) * s.num_sections() % 2) tile.m_block = s.m_blocks - 1 - tile.m_block;
+        if ((p.batch - 1 - b) * s.num_sections % 2) tile.m_block = s.m_blocks - 1 - tile.m_block;
         return true;
       }
       before += s.num_tiles();

@@ -121,8 +121,8 @@ TEST("the blocks of a launch take every key tile once") {
     int const heads = 1 + static_cast<int>(random() % 4);
     p.pairs = p.batch * heads;
     int const pairs = packed ? heads : p.pairs;
-    p.scheduler = {ceil_div(p.seqlen_k, block_n), heads, pairs, 1 + static_cast<int>(random() % 3)};
-    p.scheduler.section_pairs = min_of<int>(p.scheduler.section_pairs, pairs);
+    p.scheduler = {ceil_div(p.seqlen_k, block_n), heads, pairs,
+                   max_of(1, min_of(1 + static_cast<int>(random() % 3), pairs))};
     int const blocks = 1 + static_cast<int>(random() % 9);
 
     std::set<std::tuple<int, int, int>> seen;

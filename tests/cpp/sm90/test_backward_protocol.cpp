@@ -63,8 +63,10 @@ struct Backward : Machine {
 
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
-  // steps[t]: steps of tile t; may be 0. tiles_of_k: whose K is there; by gradient one.
-  Backward(Steps kind, const std::vector<int>& steps, With with, int tiles_of_k = 1) {
+  // real_steps[t]: steps of tile t; may be 0. tiles_of_k: whose K is there; by gradient one.
+  Backward(Steps kind, std::vector<int> const& real_steps, With with, int tiles_of_k = 1) {
+    std::vector<int> steps{0};  // the rehearsal
+    steps.insert(steps.end(), real_steps.begin(), real_steps.end());
     bool const ordered = with == With::turns, lists = with == With::lists;
     for (int b = 0; b < added(2); ++b) {
       bool const of_k_free = b == k_free || b == k_free + 1;
@@ -77,6 +79,7 @@ struct Backward : Machine {
                                                    : kWarps);  // V comes in as many pieces
     }
     buffers.resize(next() + 1);
+    rehearse();
     programs.push_back(producer(steps, lists, tiles_of_k));
     for (int w = 0; w < kWarps; ++w)
       programs.push_back(Warp{kind, w, ordered, tiles_of_k}.program(steps));
@@ -116,11 +119,17 @@ struct Backward : Machine {
     }
   }
 
+  void rehearse() {
+    buffers[work].holds = 0;
+    barriers[k_ready].arrive();
+    for (int w = 0; w < kWarps; ++w) barriers[v_ready].arrive();
+  }
+
   // The last one is that there are no more.
   static Program finder(int tiles) {
     Program program;
-    for (int t = 0; t <= tiles; ++t) {
-      program.push_back({Op::wait, next_free, -1, t % 2 ? 0u : 1u});
+    for (int t = 1; t <= tiles; ++t) {
+      program.push_back({Op::wait, next_free, -1, t % 2 ? 1u : 0u});
       program.push_back({Op::write, -1, next(), 0, t});
       program.push_back({Op::arrive, next_ready});
     }
@@ -148,13 +157,13 @@ struct Backward : Machine {
       program.push_back({Op::end_read, -1, next()});
       program.push_back({Op::arrive, next_free});
     };
-    for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
+    for (int t = 1; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
       begin_next(t);
       int const slot = t % slots;
       program.push_back({Op::write, -1, work + slot, 0, t});
       if (steps[t] == 0) {
         end_next();
-        wait(v_free, parity);
+        wait(v_free, parity ^ 1);
         program.push_back({Op::arrive, k_ready + slot});
         for (int w = 0; w < kWarps; ++w) program.push_back({Op::arrive, v_ready});
         continue;
@@ -166,7 +175,7 @@ struct Backward : Machine {
         program.push_back({Op::write, -1, note(ring, 1), 0, value(t, i, 6)});
         load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
         if (i == 0) {
-          wait(v_free, parity);
+          wait(v_free, parity ^ 1);
           for (int w = 0; w < kWarps; ++w) load(v_ready, v_rows(w), value(t, 0, 1));
         }
         load(dout_ready(ring.stage), dout(ring.stage), value(t, i, 3));

@@ -84,8 +84,8 @@ std::vector<Tile> tiles_of(Problem const& x, bool backwards) {
   std::vector<Tile> tiles;
   KeyTiles taken(0, 1);
   for (tile::Tile t; taken.next(p, x.block_n, t);) {
-    tile::Sequence const seq = tile::sequence_of(p, t.batch);
-    auto const rows = [&](int n) { return rows_of(p, seq, n, x.block_m, x.block_n); };
+    auto const seq = tile::sequence_of<int>(p, t.batch);
+    auto const rows = [&](int n) { return rows_of(seq, n, x.block_m, x.block_n); };
     int const n = t.m_block;
     bool const rising = taken.falling() == backwards;
     StepOrder order;

@@ -47,6 +47,7 @@ struct Forward : Machine {
     for (int c = 0; c < consumers; ++c) barriers.emplace_back(8);
     for (int what = 0; what < 2; ++what) barriers.emplace_back(1);
     buffers.resize(found() + 1);
+    barriers[q_ready(0)].arrive();  // the rehearsal
     programs.push_back(producer(blocks));
     if (finder) programs.push_back(finder_of(static_cast<int>(blocks.size())));
     for (int w = 0; w < warps; ++w) programs.push_back(consumer(w / 4, blocks));
@@ -77,6 +78,7 @@ struct Forward : Machine {
     };
     auto k = Ring<kStages>::producer(), v = Ring<kStages>::producer();
     auto q = Ring<kQStages>::producer();
+    q.advance();  // past the rehearsal
     auto load = [&](int free, uint32_t parity, int ready, int buffer, int value) {
       p.push_back({Op::wait, free, -1, parity});
       p.push_back({Op::load, ready, buffer, 0, value});
@@ -135,6 +137,9 @@ struct Forward : Machine {
       arrive(turn(next));
     };
     if (turns && c == consumers - 1) arrive(turn(0));  // the first turn
+    wait(q_ready(q.stage), q.parity);  // the rehearsal: without keys
+    arrive(q_free(q.stage));
+    q.advance();
     for (int t = 0; t < static_cast<int>(blocks.size()); ++t) {
       wait(q_ready(q.stage), q.parity);
       if (blocks[t]) {
@@ -253,7 +258,7 @@ TEST("the model notices a turn that nobody begins, and products issued out of tu
       [] {
         Turns machine(2, true, 0, {3, 2});
         for (auto& program : machine.programs)
-          if (program[0].kind == Op::arrive) program.erase(program.begin());
+          if (program[0].barrier >= Turns::turn(0)) program.erase(program.begin());
         return machine;
       },
       random));
