@@ -51,8 +51,8 @@ FC_HD constexpr bool alike(P const& p) {
 
 // P: a kernel's parameters, which bring the sequence along where all are alike.
 template <class P>
-FC_HD constexpr ShortSequence short_sequence_of(P const& p, int b) {
-  return p.alike ? p.sequence : sequence_of<int>(p, b);
+FC_HD constexpr ShortSequence short_sequence_of(P const& p, int b, bool alike) {
+  return alike ? p.sequence : sequence_of<int>(p, b);
 }
 
 }  // namespace flashcore::tile

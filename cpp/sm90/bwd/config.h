@@ -118,6 +118,8 @@ struct BwdParams {
   uint64_t rng_seed, rng_offset;
   const int64_t* rng_tensor;  // {seed, offset}; wins over the above when not null
 
+  // All sequences are alike, and tiles are dealt out one by one.
+  bool plain;
   // Key tiles in their order. Either they are dealt out one by one and add to dQ, in any order or
   // in theirs; or a block takes all tiles of a key head, in rising order: then it can set the sums
   // of dQ instead of adding to zeros, and the last tile that adds can write dQ itself.

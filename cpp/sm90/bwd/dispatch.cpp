@@ -331,6 +331,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.rng_tensor = p.rng_tensor;
 
   params.whole_heads = d.whole_heads;
+  params.plain = params.alike && !d.whole_heads && !params.taken;
   params.pairs = static_cast<int>(d.pairs);
   // With no mask, tiles of one head side by side: they read the same queries at the same time. With
   // one, their costs differ, and what counts is that every block is dealt its share. With lists

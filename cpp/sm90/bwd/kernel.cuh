@@ -51,6 +51,17 @@ struct Kernel {
     if constexpr (T::kLists)
       if (warp == 1) return find(p, sh);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
+    // Two copies: until the first tile is known all wait, and code that is passed over makes the way
+    // there longer, as none of it is in the instruction cache.
+    if (!T::kLists && p.plain)
+      produce_tiles(p, sh, true);
+    else
+      produce_tiles(p, sh, false);
+    wait_for_kernel_before();  // or there might be a next one before that has ended
+    let_next_kernel_begin();
+  }
+
+  FC_DEVICE static void produce_tiles(const BwdParams& p, Shared& sh, bool plain) {
     Ring ring = Ring::producer();
     auto tiles = tile::Ring<T::kTilesOfK>::producer();
     tiles.advance();      // past the rehearsal
@@ -62,7 +73,7 @@ struct Kernel {
       if constexpr (T::kLists)
         sh.next_ready.wait(parity ^ 1);
       else
-        find_next(p, sh, parity);
+        find_next(p, sh, parity, plain);
       sh.k_free[tiles.stage].wait(tiles.parity);
       Work& work = sh.work[tiles.stage];
       copy(work, sh.next);
@@ -74,14 +85,12 @@ struct Kernel {
         sh.v_ready.arrive();
         if (T::kByCluster) sh.peer_k_ready.arrive();
       } else {
-        load_tile(p, sh, tiles.stage, ring, parity ^ 1);
+        load_tile(p, sh, tiles.stage, ring, parity ^ 1, plain);
       }
       tiles.advance();
       parity ^= 1;
     }
     sh.k_ready[tiles.stage].arrive();
-    wait_for_kernel_before();  // or there might be a next one before that has ended
-    let_next_kernel_begin();
   }
 
   // With block lists: what comes next takes a chain of loads from memory, and is found out by a
@@ -91,7 +100,7 @@ struct Kernel {
     uint32_t parity = 1;
     do {
       sh.next_free.wait(parity);
-      find_next(p, sh, parity);
+      find_next(p, sh, parity, false);
       parity ^= 1;
       asm volatile("" ::: "memory");  // all of it lies in shared memory: there are few registers
       if (sh.next.key >= 0) {
@@ -103,10 +112,11 @@ struct Kernel {
     } while (sh.next.key >= 0);
   }
 
-  FC_DEVICE static void find_next(const BwdParams& p, Shared& sh, uint32_t parity) {
+  FC_DEVICE static void find_next(const BwdParams& p, Shared& sh, uint32_t parity, bool plain) {
     tile::Tile tile;
-    if (next_tile(p, sh, tile, parity))
-      sh.next.set(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster);
+    if (next_tile(p, sh, tile, parity, plain))
+      sh.next.set(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster,
+                  plain);
     else
       sh.next.key = -1;
   }
@@ -114,11 +124,12 @@ struct Kernel {
   // Where tiles are of any length, and nobody knows it beforehand, or where they wait for one
   // another, whoever is done takes the next one, from a counter in memory.
   FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile,
-                                  uint32_t parity) {
-    if (p.taken) sh.tiles.at() = take(p, sh, parity);
+                                  uint32_t parity, bool plain) {
+    bool const takes = !plain && p.taken;
+    if (takes) sh.tiles.at() = take(p, sh, parity);
     int const index = sh.tiles.at();
-    if (!sh.tiles.next(p, T::kBlockN, tile)) return false;
-    if (p.taken) {
+    if (!sh.tiles.next(p, T::kBlockN, tile, plain)) return false;
+    if (takes) {
       p.taker[index] = static_cast<int>(blockIdx.x / T::kCluster);
       in_order(p, tile);
     }
@@ -149,21 +160,23 @@ struct Kernel {
 
   // K, V and the query blocks in the order in which they are used.
   FC_DEVICE static void load_tile(const BwdParams& p, Shared& sh, int slot, Ring& ring,
-                                  uint32_t v_parity) {
+                                  uint32_t v_parity, bool plain) {
     const Work& work = sh.work[slot];
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
-    int const batch_q = p.cu_seqlens_q ? 0 : work.batch, batch_k = p.cu_seqlens_k ? 0 : work.batch;
+    int const batch_q = !plain && p.cu_seqlens_q ? 0 : work.batch;
+    int const batch_k = !plain && p.cu_seqlens_k ? 0 : work.batch;
+    bool const cut_q = !plain && p.q.cut, cut_k = !plain && p.k.cut;  // dO and V alike
     int const rank = T::kByCluster ? cluster_rank() : 0, first_key = work.key + T::kKeys * rank;
     int const key = work.k_begin + first_key, keys = work.seqlen_k - first_key;
     load<T::kKeys, T::kPanels>(sh.k[slot], p.k, sh.k_ready[slot], key, keys, work.kv_head, batch_k,
-                               once);
+                               once, cut_k);
     bool fresh = true;
     auto load_step = [&](int head, int m) {
       int64_t const stats = int64_t{head * p.head_blocks + work.stats + m} * T::kBlockM;
       int const s = ring.stage, row = work.q_begin + m * T::kBlockM;
       int const rows = work.seqlen_q - m * T::kBlockM;
       load<T::kBlockM, T::kPanels>(sh.q[s], p.q, sh.q_ready[s], row, rows, head, batch_q,
-                                   shared_by_tiles, sizeof sh.minus_lse[s]);
+                                   shared_by_tiles, cut_q, sizeof sh.minus_lse[s]);
       // Only statistics come from the kernel before, which may still be at work; and cleared sums
       // of dQ and marks of what is to be repaired, which consumers write when these are here.
       if (fresh) wait_for_kernel_before();
@@ -171,17 +184,18 @@ struct Kernel {
                 sizeof sh.minus_lse[s], sh.q_ready[s]);
       if (fresh) {
         sh.v_free.wait(v_parity);
-        load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k, once);
+        load<T::kKeys, T::kPanelsV>(sh.v, p.v, sh.v_ready, key, keys, work.kv_head, batch_k, once,
+                                    cut_k);
         if constexpr (T::kByCluster) {
           int const to_peer = T::kKeys * (1 - 2 * rank);
           load<T::kKeys, T::kPeerPanels>(sh.peer_k, p.k, sh.peer_k_ready, key + to_peer,
-                                         keys - to_peer, work.kv_head, batch_k, once, 0,
+                                         keys - to_peer, work.kv_head, batch_k, once, cut_k, 0,
                                          rank * T::kPeerPanels * kPanelCols);
         }
         fresh = false;
       }
       load<T::kBlockM, T::kPanelsV>(sh.dout[s], p.dout, sh.dout_ready[s], row, rows, head, batch_q,
-                                    shared_by_tiles, sizeof sh.minus_delta[s]);
+                                    shared_by_tiles, cut_q, sizeof sh.minus_delta[s]);
       bulk_load(sh.minus_delta[s], stat_rows(p.minus_delta, p.delta_parts) + stats,
                 sizeof sh.minus_delta[s], sh.dout_ready[s]);
       ring.advance();
@@ -219,12 +233,13 @@ struct Kernel {
   // with is zero, and 0 * NaN is not. Columns past the end do, too.
   template <int kRows, int kPanels>
   FC_DEVICE static void load(char* smem, const TensorMaps& maps, Barrier& ready, int row, int valid,
-                             int head, int batch, uint64_t policy, int more = 0, int col = 0) {
+                             int head, int batch, uint64_t policy, bool cut, int more = 0,
+                             int col = 0) {
     ready.arrive_expect(kRows * kPanels * kPanelBytes + more);
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       load_rows(smem + panel * kRows * kPanelBytes, maps, ready, kRows, col + panel * kPanelCols,
-                row, valid, head, batch, policy);
+                row, valid, head, batch, policy, cut);
   }
 
   // ---- consumers --------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ class KeyTiles {
   FC_HD constexpr KeyTiles(int block, int blocks) : at_(block), blocks_(blocks) {}
 
   // The next one; its m_block is a key tile of the sequence. False: there are no more.
+  // plain: p.plain, where the compiler is to know.
   template <class P>
-  FC_HD constexpr bool next(P const& p, int block_n, tile::Tile& tile) {
-    if (p.whole_heads) return next_of_heads(p, block_n, tile);
-    if (!p.cu_seqlens_k) {
+  FC_HD constexpr bool next(P const& p, int block_n, tile::Tile& tile, bool plain = false) {
+    if (!plain && p.whole_heads) return next_of_heads(p, block_n, tile);
+    if (plain || !p.cu_seqlens_k) {
       if (at_ >= p.scheduler.num_tiles()) return false;
       take(p.scheduler, at_, false, tile);
     } else if (!find(p, block_n, tile)) {

@@ -7,10 +7,10 @@
 namespace flashcore::sm90::bwd {
 
 // One panel of columns, from `col` on, of the `box` rows from `row` on; those past the first
-// `valid` ones become zeros.
+// `valid` ones become zeros. cut: maps.cut, where the compiler is to know.
 FC_DEVICE void load_rows(char* smem, const TensorMaps& maps, Barrier& ready, int box, int col,
-                         int row, int valid, int head, int batch, uint64_t policy) {
-  if (!maps.cut) {
+                         int row, int valid, int head, int batch, uint64_t policy, bool cut) {
+  if (!cut) {
     tma_load(smem, maps.boxes, ready, col, row, head, batch, policy);
     return;
   }

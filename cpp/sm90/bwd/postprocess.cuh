@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(T::Dq::kThreads, 1)
     flash_bwd_sm90_postprocess(const __grid_constant__ BwdParams p) {
   int const block = blockIdx.x, head = block / p.head_blocks;
   QueryBlock const at = query_block(p, block % p.head_blocks, T::kBlockM);
-  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch);
+  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch, p.alike);
   wait_for_kernel_before();
   if (at.written <= 0) return;
   int const consumer = threadIdx.x / 128;

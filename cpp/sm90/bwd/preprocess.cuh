@@ -13,11 +13,11 @@ constexpr int kPreprocessBlocks = T::kBlockM * T::kPanelsV > 128 ? 2 : 4;
 // True if a key tile visits the query block. Every thread of the block must call it.
 template <class T>
 FC_DEVICE bool visited(const BwdParams& p, QueryBlock at) {
-  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch);
+  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch, p.alike);
   bool any = false;
   for (int n = threadIdx.x; n < key_tiles(p, at.batch, T::kBlockN); n += kPreprocessThreads) {
     tile::BlockRange<int> const rows = rows_of(seq, n, T::kBlockM, T::kBlockN);
-    any |= rows.first <= at.m && at.m < rows.last;
+    any |= rows.first <= at.row / T::kBlockM && at.row / T::kBlockM < rows.last;
   }
   return __syncthreads_or(any);
 }
@@ -58,18 +58,20 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
   static_assert(T::kBlockM % kRows == 0 && kLanes <= 32);
 
   int const block = blockIdx.x, head = block / p.head_blocks;
-  QueryBlock const at = query_block(p, block % p.head_blocks, T::kBlockM);
-  tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch);
-  int const rows = seq.seqlen_q - at.row;  // of the block, if it has that many
+  QueryBlock at;
+  int q_begin, rows;  // rows: of the sequence, from this thread's first on
+  auto const find = [&](bool alike) {
+    at = query_block(p, block % p.head_blocks, T::kBlockM, alike);
+    tile::ShortSequence const seq = tile::short_sequence_of(p, at.batch, alike);
+    q_begin = seq.q_begin;
+    rows = seq.seqlen_q - at.row - threadIdx.x / kLanes;
+  };
+  p.alike ? find(true) : find(false);  // one branch on the way to the first load
   int const lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
 
-  union Chunk {
-    uint4 bits{0, 0, 0, 0};
-    Element x[8];
-    FC_DEVICE Chunk() {}
-  } out[T::kBlockM / kRows], dout[T::kBlockM / kRows];
+  uint4 out[T::kBlockM / kRows], dout[T::kBlockM / kRows];
   float lse[T::kBlockM / kRows];
-  int64_t const row_of_tensor = seq.q_begin + at.row + first;
+  int64_t const row_of_tensor = q_begin + at.row + first;
   auto begin = [&](const Matrix& m) {
     return row_address<const Element>(m, at.batch, head, row_of_tensor, 8 * lane);
   };
@@ -78,24 +80,28 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
       p.lse + at.batch * p.lse_batch_stride + head * p.lse_head_stride + row_of_tensor;
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
-    bool const exists = i * kRows + first < rows;
+    bool const exists = i * kRows < rows;
+    out[i] = dout[i] = {0, 0, 0, 0};
     if (exists && 8 * lane < p.head_dim_v) {
-      out[i].bits = *reinterpret_cast<const uint4*>(from_out + i * kRows * p.out_ref.row_stride);
-      dout[i].bits = *reinterpret_cast<const uint4*>(from_dout + i * kRows * p.dout_ref.row_stride);
+      out[i] = *reinterpret_cast<const uint4*>(from_out + i * kRows * p.out_ref.row_stride);
+      dout[i] = *reinterpret_cast<const uint4*>(from_dout + i * kRows * p.dout_ref.row_stride);
     }
     lse[i] = exists && lane == 0 ? from_lse[i * kRows] : -INFINITY;
   }
   // While that is on its way.
   if (p.redo_queries && threadIdx.x < 16) p.redo_queries[int64_t{block} * 16 + threadIdx.x] = 0;
-  if (at.written > 0) clear_dq<T>(p, at, seq.q_begin, head);
+  if (at.written > 0) clear_dq<T>(p, at, q_begin, head);
 #pragma unroll
   for (int i = 0; i < T::kBlockM / kRows; ++i) {
     float delta = 0.0f;
+    uint32_t const os[] = {out[i].x, out[i].y, out[i].z, out[i].w};
+    uint32_t const gs[] = {dout[i].x, dout[i].y, dout[i].z, dout[i].w};
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
+    for (int c = 0; c < 4; ++c) {
       // Where O is zero dO may be anything: the row may see no key.
-      float const o = static_cast<float>(out[i].x[c]), g = static_cast<float>(dout[i].x[c]);
-      delta = o != 0.0f ? __fmaf_rn(o, g, delta) : delta;
+      float2 const o = unpack<Element>(os[c]), g = unpack<Element>(gs[c]);
+      delta = o.x != 0.0f ? __fmaf_rn(o.x, g.x, delta) : delta;
+      delta = o.y != 0.0f ? __fmaf_rn(o.y, g.y, delta) : delta;
     }
 #pragma unroll
     for (int offset = kLanes / 2; offset; offset /= 2)
@@ -105,8 +111,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
     if (lse[i] == -INFINITY)  // no key: P = exp(S - inf) = 0
       delta = 0.0f;
     else if (p.dlse)
-      delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + seq.q_begin +
-                      at.row + row];
+      delta -= p.dlse[at.batch * p.dlse_batch_stride + head * p.dlse_head_stride + q_begin + at.row +
+                      row];
     int64_t const to = int64_t{block} * T::kBlockM + row;
     p.minus_delta[to] = -delta;
     float const minus_lse = lse[i] == -INFINITY ? -INFINITY : -lse[i] / p.score_scale;

@@ -13,10 +13,10 @@
 
 namespace flashcore::sm90::bwd {
 
-// P: a kernel's parameters.
+// P: a kernel's parameters. alike: all sequences are, where the compiler is to know.
 template <class P>
-FC_HD constexpr int first_query_block(P const& p, int batch, int block_m) {
-  return p.cu_seqlens_q ? p.cu_seqlens_q[batch] / block_m + batch : batch * p.sequence_blocks;
+FC_HD constexpr int first_query_block(P const& p, int batch, int block_m, bool alike = false) {
+  return !alike && p.cu_seqlens_q ? p.cu_seqlens_q[batch] / block_m + batch : batch * p.sequence_blocks;
 }
 
 // Of a head: what all sequences need, with rows the rows of a packed tensor.
@@ -36,9 +36,9 @@ struct QueryBlock {
 };
 
 template <class P>
-FC_HD constexpr QueryBlock query_block(P const& p, int block, int block_m) {
+FC_HD constexpr QueryBlock query_block(P const& p, int block, int block_m, bool alike = false) {
   int low = 0;  // the last sequence that begins at or before the block
-  if (p.cu_seqlens_q) {
+  if (!alike && p.cu_seqlens_q) {
     for (int high = p.batch; high - low > 1;) {
       int const middle = (low + high) / 2;
       (first_query_block(p, middle, block_m) <= block ? low : high) = middle;
@@ -46,9 +46,9 @@ FC_HD constexpr QueryBlock query_block(P const& p, int block, int block_m) {
   } else {
     low = block / p.sequence_blocks;
   }
-  int const m = block - first_query_block(p, low, block_m);
+  int const m = block - first_query_block(p, low, block_m, alike);
   int const rows =
-      static_cast<int>(p.cu_seqlens_q ? tile::sequence_of(p, low).seqlen_q : int64_t{p.seqlen_q});
+      !alike && p.cu_seqlens_q ? tile::sequence_of<int>(p, low).seqlen_q : p.seqlen_q;
   return {low, m, m * block_m, rows - m * block_m};
 }
 

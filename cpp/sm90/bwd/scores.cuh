@@ -90,7 +90,7 @@ template <int N>
 FC_DEVICE void take_over(float (&x)[N], const uint32_t (&packed)[N / 2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
-    float2 const pair = unpack_half(packed[i]);
+    float2 const pair = unpack<__half>(packed[i]);
     x[2 * i] = pair.x * (1.0f / kHandedOver);
     x[2 * i + 1] = pair.y * (1.0f / kHandedOver);
   }

@@ -49,9 +49,10 @@ struct alignas(16) Work : StepOrder {
   // registers.
   // slot: of the sums of dQ, where a block or a cluster has its own.
   // falling: the tiles of the head do.
+  // plain: p.plain, where the compiler is to know.
   FC_DEVICE void set(const BwdParams& p, tile::Tile tile, bool falling, int block_m, int block_n,
-                     int slot) {
-    tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch);
+                     int slot, bool plain = false) {
+    tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch, plain || p.alike);
     int const n = tile.m_block;
     kv_head = tile.head;
     batch = tile.batch;
@@ -60,12 +61,12 @@ struct alignas(16) Work : StepOrder {
     k_begin = seq.k_begin;
     seqlen_q = seq.seqlen_q;
     seqlen_k = seq.seqlen_k;
-    written_q = p.cu_seqlens_q ? seqlen_q : p.seqlen_q;
-    written_k = p.cu_seqlens_k ? seqlen_k : p.seqlen_k;
-    stats = first_query_block(p, tile.batch, block_m);
+    written_q = !plain && p.cu_seqlens_q ? seqlen_q : p.seqlen_q;
+    written_k = !plain && p.cu_seqlens_k ? seqlen_k : p.seqlen_k;
+    stats = first_query_block(p, tile.batch, block_m, plain);
     sums = p.block_slots ? (slot - tile.head) * p.group * p.slot_blocks : stats;
-    key_block = n + (p.cu_seqlens_k ? p.cu_seqlens_k[tile.batch] / block_n + tile.batch
-                                    : tile.batch * p.scheduler.m_blocks);
+    key_block = n + (!plain && p.cu_seqlens_k ? p.cu_seqlens_k[tile.batch] / block_n + tile.batch
+                                              : tile.batch * p.scheduler.m_blocks);
     diagonal = seq.q_offset - key;
     window_first = key - seq.band.end + 1;
     window_last = key - seq.band.begin + 1;
@@ -74,8 +75,9 @@ struct alignas(16) Work : StepOrder {
     last = rows.last;
     full = key + block_n <= seqlen_k ? rows.first_full : last;
     last_full = rows.last_full;
-    bool const rising = p.turns && !falling;
+    bool const rising = !plain && p.turns && !falling;
     set_steps(rows, rising);
+    if (plain) return;
     if (p.whole_heads || rising) set_fresh(rows, rows_of(seq, n - 1, block_m, block_n));
     if (p.whole_heads || (p.turns && falling))
       set_complete(rows, rows_of(seq, n + 1, block_m, block_n));

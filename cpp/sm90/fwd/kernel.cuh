@@ -55,6 +55,15 @@ struct Kernel {
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.out);
+    // Two copies: until the first tile is known all wait, and code that is passed over makes the way
+    // there longer, as none of it is in the instruction cache.
+    if (p.alike)
+      produce_tiles(p, sh, team, true);
+    else
+      produce_tiles(p, sh, team, false);
+  }
+
+  FC_DEVICE static void produce_tiles(const FwdParams& p, Shared& sh, int team, bool alike) {
     uint64_t const once = policy_evict_first(), shared_by_tiles = policy_evict_last();
 
     Ring k = Ring::producer(), v = Ring::producer();
@@ -64,13 +73,15 @@ struct Kernel {
       if constexpr (T::kFinders)
         return FoundTiles<T>{sh};
       else
-        return Tiles<T>(p, team);
+        return Tiles<T>(p, team, alike);
     }();
     Work own;
     Work& next = T::kFinders ? sh.found : own;
     bool more = tiles.next(p, next);
     while (more) {
-      int const kv_head = next.head / p.group, kv_batch = p.cu_seqlens_k ? 0 : next.batch;
+      int const kv_head = next.head / p.group;
+      int const batch = !alike && p.cu_seqlens_q ? 0 : next.batch;
+      int const kv_batch = !alike && p.cu_seqlens_k ? 0 : next.batch;
       int const k_begin = next.k_begin, first = next.first;
       auto const kept = kept_blocks<T>(p, next);
       auto load_k = [&](int visit) {
@@ -96,8 +107,7 @@ struct Kernel {
       sh.q_free[q.stage].wait(q.parity);
       sh.work[q.stage] = next;
       load_panels<T::kBlockM, T::kPanels>(sh.q[q.stage], p.q, sh.q_ready[q.stage],
-                                          next.q_begin + next.row, next.head,
-                                          p.cu_seqlens_q ? 0 : next.batch, once);
+                                          next.q_begin + next.row, next.head, batch, once);
       if constexpr (T::kFinders) sh.found_free.arrive();
       q.advance();
       // K runs one block ahead of V, as it is consumed. Once the consumers have something to do,
@@ -124,7 +134,7 @@ struct Kernel {
   // a thread that has nothing else to do, while the blocks of the tile before are fetched. Not
   // earlier, or tiles would wait here that others could have taken.
   FC_DEVICE static void find(const FwdParams& p, Shared& sh, int team) {
-    TakenTiles<T> tiles(p, team);
+    TakenTiles<T> tiles(p, team, p.alike);
     bool more = true;
     for (uint32_t parity = 1; more; parity ^= 1) {
       sh.found_free.wait(parity);
@@ -179,7 +189,7 @@ struct Kernel {
       if (elect_one()) tma_store_wait();
       __syncwarp();
       Work work;
-      for (TilesAgain<T> tiles(p, team); tiles.next(p, work);)
+      for (TilesAgain<T> tiles(p, team, p.alike); tiles.next(p, work);)
         Repair<T>::rows(p, work, work.row + warp_row);
     }
   }

@@ -12,16 +12,17 @@ template <class T>
 struct DealtTiles {
   TileCursor cursor;
   int index, split;
+  bool alike;  // all sequences are
 
-  FC_DEVICE DealtTiles(const FwdParams& p, int team) {
+  FC_DEVICE DealtTiles(const FwdParams& p, int team, bool alike) : alike(alike) {
     int const first = team * gridDim.x + blockIdx.x;  // few tiles: one a multiprocessor
     index = first / p.num_splits;
     split = first % p.num_splits;
   }
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
-    if (!cursor.find(p, index, T::kBlockM)) return false;
-    work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN, T::kMask != Mask::none);
+    if (!cursor.find(p, index, T::kBlockM, alike)) return false;
+    work = Work::of(p, cursor.tile, split, T::kBlockM, T::kBlockN, T::kMask != Mask::none, alike);
     split += gridDim.x * T::kTeams;
     index += split / p.num_splits;
     split = split % p.num_splits;
@@ -31,12 +32,12 @@ struct DealtTiles {
 
 // The work of a tile with block lists, whose ranges are of visits. The longest lists are the last.
 template <class T>
-FC_DEVICE void set_work(const FwdParams& p, tile::Tile tile, Work& work) {
+FC_DEVICE void set_work(const FwdParams& p, tile::Tile tile, Work& work, bool alike) {
   if (p.order) {
     int const pair = tile.batch * p.scheduler.heads + tile.head;
     tile.m_block = p.order[pair * p.scheduler.m_blocks + tile.m_block];
   }
-  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN, T::kMask != Mask::none);
+  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN, T::kMask != Mask::none, alike);
   asm volatile("" ::: "memory");  // a finder has few registers: its work lies in shared memory
   work.keep(kept_blocks<T>(p, work));
 }
@@ -49,16 +50,17 @@ template <class T>
 struct TakenTiles {
   TileCursor cursor;
   int index, team, after = -1;
+  bool alike;
 
-  FC_DEVICE TakenTiles(const FwdParams&, int t)
-      : index(t * gridDim.x + blockIdx.x), team(number_of(t, T::kTeams)) {}
+  FC_DEVICE TakenTiles(const FwdParams&, int t, bool alike)
+      : index(t * gridDim.x + blockIdx.x), team(number_of(t, T::kTeams)), alike(alike) {}
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
     if (after >= 0) index = T::kFinders ? take(p) : after;
-    if (!cursor.find(p, index, T::kBlockM)) return false;
+    if (!cursor.find(p, index, T::kBlockM, alike)) return false;
     after = T::kFinders ? 0 : take(p);
     p.taker[index] = team;
-    set_work<T>(p, cursor.tile, work);
+    set_work<T>(p, cursor.tile, work, alike);
     return true;
   }
   FC_DEVICE static int take(const FwdParams& p) {
@@ -84,13 +86,15 @@ template <class T>
 struct TakenBefore {
   TileCursor cursor;
   int index = 0, team;
+  bool alike;
 
-  FC_DEVICE TakenBefore(const FwdParams&, int t) : team(number_of(t, T::kTeams)) {}
+  FC_DEVICE TakenBefore(const FwdParams&, int t, bool alike)
+      : team(number_of(t, T::kTeams)), alike(alike) {}
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
-    while (cursor.find(p, index, T::kBlockM))
+    while (cursor.find(p, index, T::kBlockM, alike))
       if (p.taker[index++] == team) {
-        set_work<T>(p, cursor.tile, work);
+        set_work<T>(p, cursor.tile, work, alike);
         return true;
       }
     return false;

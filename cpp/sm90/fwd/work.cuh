@@ -42,10 +42,10 @@ struct alignas(16) Work {
   // A tile past the end of everything: no rows, no keys.
   static FC_DEVICE Work past_the_end() { return {1 << 29}; }
 
-  // masked: else p.window is open, and the compiler is to know.
+  // masked: else p.window is open. alike: all sequences are. The compiler is to know both.
   static FC_DEVICE Work of(const FwdParams& p, tile::Tile tile, int split, int block_m, int block_n,
-                           bool masked) {
-    tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch);
+                           bool masked, bool alike) {
+    tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch, alike);
     tile::Band<int> const band = masked ? seq.band : tile::Band<int>{};
     int const row = tile.m_block * block_m;
     tile::BlockRange<int> const blocks = tile::key_blocks(
@@ -84,8 +84,8 @@ struct TileCursor {
   int before = 0;  // tiles of the sequences before tile.batch
 
   // False: there are not that many.
-  FC_DEVICE bool find(const FwdParams& p, int index, int block_m) {
-    if (!p.cu_seqlens_q) {
+  FC_DEVICE bool find(const FwdParams& p, int index, int block_m, bool alike) {
+    if (alike || !p.cu_seqlens_q) {
       if (index >= p.scheduler.num_tiles()) return false;
       tile = p.scheduler.tile(index);
       return true;

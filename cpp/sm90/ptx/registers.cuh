@@ -92,8 +92,17 @@ FC_DEVICE uint32_t pack<__half>(float lo, float hi) {
   return d;
 }
 
-// Back from pack<__half>.
-FC_DEVICE float2 unpack_half(uint32_t d) { return __half22float2(reinterpret_cast<__half2&>(d)); }
+// And back.
+template <class Element>
+FC_DEVICE float2 unpack(uint32_t d);
+template <>
+FC_DEVICE float2 unpack<__nv_bfloat16>(uint32_t d) {
+  return {__uint_as_float(d << 16), __uint_as_float(d & 0xffff0000u)};
+}
+template <>
+FC_DEVICE float2 unpack<__half>(uint32_t d) {
+  return __half22float2(reinterpret_cast<__half2&>(d));
+}
 
 // Stores four 8x8 matrices of 16-bit values; lane l gives the row address of row l%8 of matrix l/8.
 FC_DEVICE void store_matrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
