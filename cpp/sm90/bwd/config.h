@@ -97,6 +97,7 @@ struct BwdParams {
   int head_dim, head_dim_v;
   int group;  // query heads per key head
   bool accumulate;
+  bool prefetch;  // preprocess asks for Q, K and V: L2 holds them until the main kernel comes
 
   // Where sequences begin and end; what tile::sequence_of reads.
   int batch;

@@ -20,6 +20,9 @@ namespace {
 // an H200, in two halves that may both hold a line).
 constexpr int64_t kL2Budget = int64_t{16} << 20;
 
+// Q, K and V of a call, that preprocess asks L2 for: half of it (60 MB on an H200).
+constexpr int64_t kPrefetched = int64_t{32} << 20;
+
 // What a tile costs besides its query blocks, in query blocks: K and V, the first scores, dK and
 // dV.
 constexpr double kTileOverhead = 2.0;
@@ -305,6 +308,10 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.head_dim_v = static_cast<int>(p.head_dim_v);
   params.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
   params.accumulate = p.accumulate;
+  int64_t const heads_bytes = p.batch * 2 *
+                              (p.seqlen_q * p.num_heads_q * p.head_dim +
+                               p.seqlen_k * p.num_heads_kv * (p.head_dim + p.head_dim_v));
+  params.prefetch = tile::alike(p) && heads_bytes <= kPrefetched;
 
   params.batch = static_cast<int>(p.batch);
   params.seqlen_q = static_cast<int>(p.seqlen_q);

@@ -38,6 +38,7 @@ struct Kernel {
     release_registers<T::kProducerRegs>();
     if (!elect_one()) return;
     int const warp = threadIdx.x / 32;
+    if (T::kLists || warp > 0) wait_for_barriers();  // else later
     if (warp > 0 && !T::kLists) {
       if (p.turns && warp <= T::kConsumers)
         keep_order<T>(p, sh, warp - 1, T::kByCluster ? cluster_rank() : 0);
@@ -61,19 +62,24 @@ struct Kernel {
     let_next_kernel_begin();
   }
 
+  // Initialised by a consumer, so that the producer finds its first tile meanwhile.
+  FC_DEVICE static void wait_for_barriers() {
+    if constexpr (!T::kByCluster) named_barrier_sync_apart(T::kProducersBegin, 128 + 32);
+  }
+
   FC_DEVICE static void produce_tiles(const BwdParams& p, Shared& sh, bool plain) {
     Ring ring = Ring::producer();
     auto tiles = tile::Ring<T::kTilesOfK>::producer();
     tiles.advance();      // past the rehearsal
     uint32_t parity = 1;  // of what begins with the first tile; v_free begins with the rehearsal
-    if constexpr (!T::kLists)
+    // The next tile is worked out before the wait for its place, and kept where it takes no registers.
+    if constexpr (!T::kLists) {
       sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
+      find_next(p, sh, parity, plain);
+      wait_for_barriers();
+    }
     for (;;) {
-      // Worked out before the wait, and kept where it takes no registers.
-      if constexpr (T::kLists)
-        sh.next_ready.wait(parity ^ 1);
-      else
-        find_next(p, sh, parity, plain);
+      if constexpr (T::kLists) sh.next_ready.wait(parity ^ 1);
       sh.k_free[tiles.stage].wait(tiles.parity);
       Work& work = sh.work[tiles.stage];
       copy(work, sh.next);
@@ -89,6 +95,7 @@ struct Kernel {
       }
       tiles.advance();
       parity ^= 1;
+      if constexpr (!T::kLists) find_next(p, sh, parity, plain);
     }
     sh.k_ready[tiles.stage].arrive();
   }
@@ -429,18 +436,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     flash_bwd_sm90(const __grid_constant__ BwdParams p) {
   extern __shared__ __align__(1024) char smem[];
   auto& sh = *reinterpret_cast<typename T::Shared*>(smem);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 128) {
     Kernel<T>::init_barriers(p, sh);
     Kernel<T>::rehearse(sh);
   }
-  if constexpr (T::kByCluster)
-    cluster_sync();
-  else
-    __syncthreads();
-  if (warpgroup_index() == 0)
-    Kernel<T>::produce(p, sh);
-  else
-    Kernel<T>::consume(p, sh);
+  if constexpr (T::kByCluster) cluster_sync();
+  if (warpgroup_index() == 0) return Kernel<T>::produce(p, sh);
+  if constexpr (!T::kByCluster) {
+    if (warp_index() == 4) named_barrier_arrive(T::kProducersBegin, 128 + 32);
+    named_barrier_sync(T::kBegin, T::kConsumerThreads);
+  }
+  Kernel<T>::consume(p, sh);
 }
 
 }  // namespace flashcore::sm90::bwd

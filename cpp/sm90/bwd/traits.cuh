@@ -35,7 +35,7 @@ struct Traits {
   static constexpr int kProducerRegs = 24;
   static constexpr int kConsumerRegs = 240;
 
-  enum NamedBarrier : int { kMeet = 1, kHeadStart = 2 };  // 0 is __syncthreads
+  enum NamedBarrier : int { kMeet = 1, kHeadStart, kBegin, kProducersBegin };  // 0: __syncthreads
 
   // Of dK and dV a consumer keeps 64 keys; or it keeps the one or the other.
   static constexpr bool kByKeys = kConfig.by_keys();
