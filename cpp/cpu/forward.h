@@ -135,8 +135,7 @@ class ForwardTask {
       t_.row_max[r] = kMinusInf<T>;
     }
     for (int r = 0; r < rows_; ++r) {
-      t_.limits[r] =
-          tile::visible_keys(ctx_.seq.band, t_.index[r], ctx_.seq.seqlen_k);
+      t_.limits[r] = tile::visible_keys(ctx_.seq.band, t_.index[r], ctx_.seq.seqlen_k);
       const E* row = row_of<E>(p_.q, ctx_.batch, t_.head[r], ctx_.seq.q_begin + t_.index[r]);
       pack_rows(row, 0, 1, p_.head_dim, t_.q + r * t_.ldq, t_.ldq);
     }

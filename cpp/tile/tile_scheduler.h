@@ -114,7 +114,8 @@ constexpr double imbalance(const TileScheduler& s, int blocks, Cost cost) {
 // sections and blocks are in resonance a block can get twice its share, so an uneven size is not
 // kept; nor is a large one given up for next to nothing.
 template <class Cost>
-constexpr int balanced_section(const TileScheduler& s, int largest, int group, int blocks, Cost cost) {
+constexpr int balanced_section(const TileScheduler& s, int largest, int group, int blocks,
+                               Cost cost) {
   constexpr double kEven = 1.005, kGain = 0.004;
   int best = largest;
   double least = imbalance(s.in_sections_of(largest), blocks, cost);

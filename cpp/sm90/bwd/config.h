@@ -12,39 +12,46 @@
 
 namespace flashcore::sm90::bwd {
 
+// What two blocks of threads, a cluster, divide of a tile: its keys, or its queries. In the latter
+// case each has every other query block, and in the end one has the sum of dV and the other that of
+// dK.
+enum class Cluster : uint8_t { none, keys, queries };
+
 struct BwdConfig {
   DType dtype;
-  int head_dim;        // of q and k, rounded up; the copy engine pads with zeros
-  int head_dim_v;      // of v
-  bool terms;          // softcap, ALiBi and dropout
-  int block_m;         // query rows of a step
-  int block_n;         // keys of a tile
-  int stages;          // query blocks (Q and dO) in flight
-  int cluster;         // blocks of threads that divide the keys of a tile
+  int head_dim;    // of q and k, rounded up; the copy engine pads with zeros
+  int head_dim_v;  // of v
+  bool terms;      // softcap, ALiBi and dropout
+  int block_m;     // query rows of a step
+  int block_n;     // keys of a tile
+  int stages;      // query blocks (Q and dO) in flight
+  Cluster divides;
   bool lists = false;  // of blocks, and a window; else only the latter
 
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
+  constexpr int cluster() const { return divides == Cluster::none ? 1 : 2; }
   // Of a block of threads.
-  constexpr int keys() const { return block_n / cluster; }
+  constexpr int keys() const { return divides == Cluster::keys ? block_n / 2 : block_n; }
   // What the consumers divide: the keys; or one has dV and the other dK. The latter alone, or with
   // another block that has as many keys.
   constexpr bool by_keys() const { return keys() == 128; }
-  constexpr bool by_gradient() const { return keys() == 64 && cluster == 1; }
-  constexpr bool by_cluster() const { return keys() == 64 && cluster == 2; }
+  constexpr bool by_gradient() const { return keys() == 64 && divides == Cluster::none; }
+  constexpr bool by_cluster() const { return divides == Cluster::keys; }
   // lse and delta are added to S and dP as products.
   constexpr bool stat_products() const { return by_keys() && !terms; }
-  // Where one block could do it, two are for calls whose tiles leave half of the multiprocessors
-  // idle.
-  constexpr bool few() const { return by_cluster() && head_dim <= 128; }
+  // For calls whose tiles leave half of the multiprocessors idle, or with a mask which the longest
+  // tiles make last twice as long as their share.
+  constexpr bool few() const { return divides == Cluster::queries; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
-           ((by_keys() && cluster == 1 && head_dim == head_dim_v &&
+           ((by_keys() && head_dim == head_dim_v &&
              ((head_dim <= 64 && block_m == 128) || (head_dim <= 128 && block_m == 64))) ||
-            (by_cluster() && block_m == 64 && (head_dim == 128 || head_dim == 256) &&
+            (by_cluster() && keys() == 64 && block_m == 64 && head_dim == 256 &&
              head_dim == head_dim_v) ||
             (by_gradient() && block_m == 64 && head_dim == 192 &&
-             (head_dim_v == 128 || head_dim_v == 192)));
+             (head_dim_v == 128 || head_dim_v == 192))) &&
+           !(few() && (lists || terms));
   }
 };
 

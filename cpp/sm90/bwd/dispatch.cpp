@@ -33,6 +33,7 @@ struct Instance {
 };
 
 using enum DType;
+using enum Cluster;
 constexpr Instance kInstances[] = {
 #define BWD(...) {BwdConfig{__VA_ARGS__}, launch<BwdConfig{__VA_ARGS__}>},
 #include "sm90/bwd/instances.def"
@@ -88,7 +89,13 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (std::string why = misfit_blocks(c, p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.few()) {
-    int64_t const most = cuda::devices()[p.device_id].multiprocessors / c.cluster;
+    if (p.deterministic) return "adds to dQ in any order";
+    if (p.seqlen_k <= c.block_n) return text("is for more than ", c.block_n, " keys");
+    // The longest of tiles that a mask makes unlike takes up to twice as long as the mean. Divided
+    // in two, that is worth an end more for each block, if the tile is long.
+    constexpr int kLong = 16;
+    bool const unlike = !p.window.open() && ceil_div<int64_t>(p.seqlen_q, c.block_m) >= kLong;
+    int64_t const most = cuda::devices()[p.device_id].multiprocessors / (unlike ? 1 : 2);
     if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
   }
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
@@ -145,7 +152,7 @@ struct Division {
     constexpr int64_t kBytes = int64_t{36} << 20;
     constexpr int kTiles = 4;
     if (p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || p.q_blocks ||
-        c.cluster > 1 || p.seqlen_k > kTiles * c.block_n)
+        c.cluster() > 1 || p.seqlen_k > kTiles * c.block_n)
       return false;
     int64_t const pairs = p.batch * p.num_heads_kv;
     int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
@@ -167,7 +174,7 @@ struct Division {
     bool const unlike = p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || c.lists;
     counted = (ordered || unlike) && !whole_heads;
     clusters = static_cast<int>(
-        min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster));
+        min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster()));
     // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
     // With block lists nobody knows which tile is the first to add to a query block, or the last.
     sums_added = !whole_heads || c.lists;
@@ -183,10 +190,10 @@ struct Division {
     int64_t const parts = c.stat_products() ? rows * int64_t{sizeof(StatParts)} : 0;
     delta_parts = lse_parts + parts;
     redo_keys = delta_parts + parts;
-    redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster : 0);
+    redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster() : 0);
     taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
     turns = taken + (counted ? (1 + tiles) * 4 : 0);
-    order = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster * 4 : 0);
+    order = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster() * 4 : 0);
     // In rising order with whole heads; how many tiles a packed sequence has, the device alone
     // knows.
     sorted = c.lists && !whole_heads && !p.cu_seqlens_k;
@@ -361,9 +368,9 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     auto const cost = [&](int block) {
       int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
-      auto const rows = tile::row_blocks<int64_t>(tile::band_of(p.window, q_offset), key,
-                                                  min_of(key + c.block_n, p.seqlen_k), p.seqlen_q,
-                                                  c.block_m);
+      auto const rows =
+          tile::row_blocks<int64_t>(tile::band_of(p.window, q_offset), key,
+                                    min_of(key + c.block_n, p.seqlen_k), p.seqlen_q, c.block_m);
       return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
     };
     // The search takes tens of microseconds, the rest of a call two.
@@ -387,7 +394,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                  .order = reinterpret_cast<int*>(part(d.order)),
                  .taken = params.taken},
                 static_cast<cudaStream_t>(stream));
-  instance.launch(params, d.clusters * c.cluster, p.device_id, static_cast<cudaStream_t>(stream));
+  instance.launch(params, d.clusters * c.cluster(), p.device_id, static_cast<cudaStream_t>(stream));
   if (p.dsinks) launch_dsinks(params, c.block_m, static_cast<cudaStream_t>(stream));
 }
 

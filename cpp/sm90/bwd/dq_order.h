@@ -16,7 +16,9 @@ namespace flashcore::sm90::bwd {
 
 // Of the steps of one key tile, in every head of the group.
 struct StepOrder {
-  int begin, end, stride;  // query blocks begin, begin + stride, ..., without end; stride 1 or -1
+  // Query blocks begin, begin + stride, ..., without end. stride: 1 or -1, or 2 for every other
+  // one.
+  int begin, end, stride;
   // Of whole heads: from `fresh` on nothing has been added to dQ yet; below `complete` nothing will
   // be after this tile. With a fixed order: in [complete, fresh) the tile before this one adds.
   int fresh, complete;
@@ -29,11 +31,20 @@ struct StepOrder {
     fresh = rows.last;
     complete = rows.first;
   }
+  // Every other one of them, without an order.
+  FC_HD constexpr void take_half(int rank) {
+    int const steps = (end - begin) / stride;
+    begin += rank * stride;
+    stride *= 2;
+    end = begin + (steps + 1 - rank) / 2 * stride;
+  }
   // before: what the tile one before in the sequence visits; after: one after.
-  FC_HD constexpr void set_fresh(tile::BlockRange<int> const& rows, tile::BlockRange<int> const& before) {
+  FC_HD constexpr void set_fresh(tile::BlockRange<int> const& rows,
+                                 tile::BlockRange<int> const& before) {
     fresh = before.empty() ? rows.first : before.last;
   }
-  FC_HD constexpr void set_complete(tile::BlockRange<int> const& rows, tile::BlockRange<int> const& after) {
+  FC_HD constexpr void set_complete(tile::BlockRange<int> const& rows,
+                                    tile::BlockRange<int> const& after) {
     complete = after.empty() ? rows.last : after.first;
   }
 

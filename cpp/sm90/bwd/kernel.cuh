@@ -14,6 +14,7 @@
 // producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
 #pragma once
 #include "sm90/bwd/dq_order.cuh"
+#include "sm90/bwd/halves.cuh"
 #include "sm90/bwd/load.cuh"
 #include "sm90/bwd/steps_by_cluster.cuh"
 #include "sm90/bwd/steps_by_gradient.cuh"
@@ -41,7 +42,7 @@ struct Kernel {
     if (T::kLists || warp > 0) wait_for_barriers();  // else later
     if (warp > 0 && !T::kLists) {
       if (p.turns && warp <= T::kConsumers)
-        keep_order<T>(p, sh, warp - 1, T::kByCluster ? cluster_rank() : 0);
+        keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
       return;
     }
     if (warp > 1) return;
@@ -52,8 +53,8 @@ struct Kernel {
     if constexpr (T::kLists)
       if (warp == 1) return find(p, sh);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
-    // Two copies: until the first tile is known all wait, and code that is passed over makes the way
-    // there longer, as none of it is in the instruction cache.
+    // Two copies: until the first tile is known all wait, and code that is passed over makes the
+    // way there longer, as none of it is in the instruction cache.
     if (!T::kLists && p.plain)
       produce_tiles(p, sh, true);
     else
@@ -64,7 +65,7 @@ struct Kernel {
 
   // Initialised by a consumer, so that the producer finds its first tile meanwhile.
   FC_DEVICE static void wait_for_barriers() {
-    if constexpr (!T::kByCluster) named_barrier_sync_apart(T::kProducersBegin, 128 + 32);
+    if constexpr (T::kCluster == 1) named_barrier_sync_apart(T::kProducersBegin, 128 + 32);
   }
 
   FC_DEVICE static void produce_tiles(const BwdParams& p, Shared& sh, bool plain) {
@@ -72,7 +73,8 @@ struct Kernel {
     auto tiles = tile::Ring<T::kTilesOfK>::producer();
     tiles.advance();      // past the rehearsal
     uint32_t parity = 1;  // of what begins with the first tile; v_free begins with the rehearsal
-    // The next tile is worked out before the wait for its place, and kept where it takes no registers.
+    // The next tile is worked out before the wait for its place, and kept where it takes no
+    // registers.
     if constexpr (!T::kLists) {
       sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
       find_next(p, sh, parity, plain);
@@ -113,7 +115,7 @@ struct Kernel {
       if (sh.next.key >= 0) {
         sh.next_steps = typename T::ListSteps(p, sh.next);
         if (!sh.next_steps.next(p, sh.next, sh.next_note))
-          sh.next.last = sh.next.first;  // nothing is kept
+          sh.next.end = sh.next.begin;  // nothing is kept
       }
       sh.next_ready.arrive();
     } while (sh.next.key >= 0);
@@ -122,16 +124,16 @@ struct Kernel {
   FC_DEVICE static void find_next(const BwdParams& p, Shared& sh, uint32_t parity, bool plain) {
     tile::Tile tile;
     if (next_tile(p, sh, tile, parity, plain))
-      sh.next.set(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN, blockIdx.x / T::kCluster,
-                  plain);
+      sh.next.set<T::kByQueries>(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN,
+                                 blockIdx.x / T::kCluster, plain);
     else
       sh.next.key = -1;
   }
 
   // Where tiles are of any length, and nobody knows it beforehand, or where they wait for one
   // another, whoever is done takes the next one, from a counter in memory.
-  FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile,
-                                  uint32_t parity, bool plain) {
+  FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile, uint32_t parity,
+                                  bool plain) {
     bool const takes = !plain && p.taken;
     if (takes) sh.tiles.at() = take(p, sh, parity);
     int const index = sh.tiles.at();
@@ -144,7 +146,7 @@ struct Kernel {
   }
   // In a cluster the first block does, and tells the other one.
   FC_DEVICE static int take(const BwdParams& p, Shared& sh, uint32_t parity) {
-    if (T::kByCluster && cluster_rank() > 0) {
+    if (T::kCluster > 1 && cluster_rank() > 0) {
       sh.taken_ready.arrive_expect(sizeof sh.taken);
       sh.taken_ready.wait(parity ^ 1);
       int const index = sh.taken;
@@ -152,7 +154,7 @@ struct Kernel {
       return index;
     }
     int const index = atomicAdd(p.taken, 1) + 1;
-    if constexpr (T::kByCluster) {
+    if constexpr (T::kCluster > 1) {
       sh.taken_free.wait(parity);
       store_to(1, sh.taken, index, sh.taken_ready);
     }
@@ -254,9 +256,10 @@ struct Kernel {
     claim_registers<T::kConsumerRegs>();
     int const consumer = warpgroup_index() - 1;
     Ring ring = Ring::consumer();
-    int const rank = T::kByCluster ? cluster_rank() : 0;
+    int const rank = T::kCluster > 1 ? cluster_rank() : 0;
     tile::Ring<T::kDsBuffers> ds = tile::Ring<T::kDsBuffers>::consumer();
     auto tiles = tile::Ring<T::kTilesOfK>::consumer();
+    [[maybe_unused]] uint32_t sums_parity = 0;
     for (;; tiles.advance()) {
       sh.k_ready[tiles.stage].wait(tiles.parity);
       // Of barriers of which there is one: alternates from tile to tile.
@@ -268,13 +271,15 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < T::kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.0f;
       Consumer<T> const c{p, sh, consumer, rank, tiles.stage, ring, ds, rdK, rdV};
-      if constexpr (T::kByKeys)
+      if constexpr (T::kByQueries)
+        tile_by_queries(c, parity, sums_parity);
+      else if constexpr (T::kByKeys)
         tile_by_keys(c, parity);
       else
         tile_of_one(c, parity);
     }
     if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
-    if constexpr (T::kByCluster) cluster_sync();  // the other block may still arrive here
+    if constexpr (T::kCluster > 1) cluster_sync();  // the other block may still arrive here
   }
 
   // A tile whose keys are divided among the consumers. Each stores dV by way of its own rows of V,
@@ -298,8 +303,26 @@ struct Kernel {
   }
   // When the copy engine has read what lies there.
   FC_DEVICE static void release_v(const Consumer<T>& c) {
-    if (threadIdx.x % 32 == 0) tma_store_wait_read();
+    if (elect_one()) tma_store_wait_read();
     c.release(c.sh.v_free);
+  }
+  // One whose queries are divided between two blocks.
+  FC_DEVICE static void tile_by_queries(const Consumer<T>& c, uint32_t parity,
+                                        uint32_t& sums_parity) {
+    if (!c.work().empty()) StepsByKeys<T>::finish(c, StepsByKeys<T>::run(c, parity));
+    bool const shared = c.work().visited();
+    int redo = 0;
+    if (c.rank == 0) {
+      if (shared) Halves<T>::add_up(c, c.rdV, c.rdK, sums_parity);
+      redo = store_dv(c, c.work());
+    } else {
+      if (shared) Halves<T>::add_up(c, c.rdK, c.rdV, sums_parity);
+      redo = store_dk(c, c.work());
+    }
+    if (shared) sums_parity ^= 1;
+    note_redo(c, c.work(), redo);
+    release_v(c);
+    c.release(c.sh.k_free[c.tile]);
   }
   // One whose gradients are: the first consumer has dV, the second dK.
   FC_DEVICE static void tile_of_one(const Consumer<T>& c, uint32_t parity) {
@@ -371,7 +394,7 @@ struct Kernel {
     for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
       if (p.taken && p.taker[tiles.at() - 1] != slot) continue;
       in_order(p, tile);
-      work.set(p, tile, tiles.falling(), T::kBlockM, T::kBlockN, slot);
+      work.set<T::kByQueries>(p, tile, tiles.falling(), T::kBlockM, T::kBlockN, slot);
       int const key = work.key + T::first_key(consumer, rank) + warp % 4 * 16;
       if (int const redo = *redo_keys<T>(p, work, rank, warp))
         for (int j = key; j < min_of(key + 16, work.written_k); ++j)
@@ -409,12 +432,14 @@ struct Kernel {
     sh.v_ready.init(1);
     sh.v_free.init(kConsumerWarps);
     sh.peer_k_ready.init(1);
+    sh.peer_has_room.init(kConsumerWarps);
+    sh.sums_ready.init(1);
     sh.next_ready.init(1);
     sh.next_free.init(1);
     sh.p_ready.init(4);
     for (int s = 0; s < T::kDsBuffers; ++s) {
       sh.ds_ready[s].init(T::kByCluster ? 1 : kConsumerWarps);
-      sh.ds_free[s].init(kConsumerWarps * T::kCluster);
+      sh.ds_free[s].init(kConsumerWarps * (T::kByCluster ? T::kCluster : 1));
     }
     for (int s = 0; s < T::kStages; ++s) {
       sh.q_ready[s].init(1);
@@ -440,9 +465,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     Kernel<T>::init_barriers(p, sh);
     Kernel<T>::rehearse(sh);
   }
-  if constexpr (T::kByCluster) cluster_sync();
+  if constexpr (T::kCluster > 1) cluster_sync();
   if (warpgroup_index() == 0) return Kernel<T>::produce(p, sh);
-  if constexpr (!T::kByCluster) {
+  if constexpr (T::kCluster == 1) {
     if (warp_index() == 4) named_barrier_arrive(T::kProducersBegin, 128 + 32);
     named_barrier_sync(T::kBegin, T::kConsumerThreads);
   }

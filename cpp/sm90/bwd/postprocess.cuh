@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(T::Dq::kThreads, 1)
     return Repair<T>::dq_rows(p, at.batch, head, row + threadIdx.x % 128 / 32 * 16, col,
                               min_of(col + 8 * T::Dq::quads(consumer), p.head_dim));
   store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, at.batch, head,
-                                  seq.q_begin + row, seq.seqlen_q - row, at.row + at.written - row, col, p.head_dim - col);
+                                  seq.q_begin + row, seq.seqlen_q - row, at.row + at.written - row,
+                                  col, p.head_dim - col);
 }
 
 }  // namespace flashcore::sm90::bwd

@@ -48,8 +48,8 @@ FC_DEVICE void clear_dq(const BwdParams& p, QueryBlock at, int q_begin, int head
   }
 }
 
-// Asks for the lines of a matrix's rows that this block's queries face, so that L2 has them when the
-// main kernel begins.
+// Asks for the lines of a matrix's rows that this block's queries face, so that L2 has them when
+// the main kernel begins.
 template <int kCols, int kRows>
 FC_DEVICE void prefetch_rows(const Matrix& m, int batch, int head, int row, int rows) {
   constexpr int kLines = ceil_div(kCols, 64);  // of 128 bytes, of a row

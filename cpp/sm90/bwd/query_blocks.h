@@ -16,7 +16,8 @@ namespace flashcore::sm90::bwd {
 // P: a kernel's parameters. alike: all sequences are, where the compiler is to know.
 template <class P>
 FC_HD constexpr int first_query_block(P const& p, int batch, int block_m, bool alike = false) {
-  return !alike && p.cu_seqlens_q ? p.cu_seqlens_q[batch] / block_m + batch : batch * p.sequence_blocks;
+  return !alike && p.cu_seqlens_q ? p.cu_seqlens_q[batch] / block_m + batch
+                                  : batch * p.sequence_blocks;
 }
 
 // Of a head: what all sequences need, with rows the rows of a packed tensor.
@@ -47,8 +48,7 @@ FC_HD constexpr QueryBlock query_block(P const& p, int block, int block_m, bool 
     low = block / p.sequence_blocks;
   }
   int const m = block - first_query_block(p, low, block_m, alike);
-  int const rows =
-      !alike && p.cu_seqlens_q ? tile::sequence_of<int>(p, low).seqlen_q : p.seqlen_q;
+  int const rows = !alike && p.cu_seqlens_q ? tile::sequence_of<int>(p, low).seqlen_q : p.seqlen_q;
   return {low, m, m * block_m, rows - m * block_m};
 }
 

@@ -26,7 +26,8 @@ struct Traits {
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
-  static constexpr int kCluster = kConfig.cluster;
+  static constexpr int kCluster = kConfig.cluster();
+  static constexpr bool kByQueries = kConfig.divides == Cluster::queries;
   static constexpr int kKeys = kConfig.keys();  // of a block of threads
   static constexpr int kConsumers = BwdConfig::kConsumers;
   static constexpr int kConsumerThreads = 128 * kConsumers;
@@ -55,16 +56,16 @@ struct Traits {
 
   // Tiles whose K is there. With two, a consumer that is done with one begins the next, while
   // another still makes dQ of the last step.
-  static constexpr int kTilesOfK = kByKeys && kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kTilesOfK = kByKeys && !kByQueries && kHeadDim <= 64 ? 2 : 1;
   // Whether dK, too, leaves through shared memory: not if V is all that the next tile waits for.
   static constexpr bool kDkByWayOfV = kByKeys && kTilesOfK == 1;
 
-  using Dq = DqLayout<kBlockM, kHeadDim, kConsumers * kCluster>;
-  // Which of the consumers of all blocks of a cluster.
+  // Those who divide dQ of a step: the consumers of a block, or of a cluster that divides keys.
+  using Dq = DqLayout<kBlockM, kHeadDim, kConsumers*(kByCluster ? kCluster : 1)>;
   static FC_HD constexpr int dq_part(int consumer, int rank) {
-    return consumer + kConsumers * rank;
+    return consumer + (kByCluster ? kConsumers * rank : 0);
   }
-  static FC_HD constexpr int rank_of(int part) { return kCluster == 1 ? 0 : part / kConsumers; }
+  static FC_HD constexpr int rank_of(int part) { return part / kConsumers; }
   static constexpr int kDqPutCols = kConfig.by_gradient() ? kPanelCols : Dq::kCols;  // at a time
 
   static constexpr int kQBytes = kBlockM * kPanels * kPanelBytes;
@@ -74,6 +75,10 @@ struct Traits {
   static constexpr int kPeerPanels = kPanels / 2;  // of the other block's K that dQ takes here
   static constexpr int kDsBytes = kBlockM * kKeys * 2;
   static constexpr int kDsBuffers = kByCluster ? 1 : 2;
+  // Where queries are divided: one consumer's dK or dV in float32, for the other block. Those of
+  // both consumers fill the room of K and V.
+  static constexpr int kSumBytes = 64 * kHeadDim * 4;
+  static_assert(!kByQueries || kConsumers * kSumBytes == kKBytes + kVBytes);
 
   struct Shared {
     alignas(1024) char k[kTilesOfK][kKBytes];
@@ -94,10 +99,11 @@ struct Traits {
     bool redo[4 * kConsumers];  // whether a warp has something to repair
     tile::DropoutKey dropout;   // of the call
     Barrier k_ready[kTilesOfK], k_free[kTilesOfK], v_ready, v_free;
+    Barrier peer_has_room, sums_ready;  // where queries are divided
     Barrier ds_ready[kDsBuffers], ds_free[kDsBuffers], p_ready, peer_k_ready;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
     Barrier turn[kConsumers], added[kConsumers];  // of steps; see dq_order.cuh
-    // Of tiles that are taken, in a cluster: from its first block to the other one.
+    // Of tiles that are taken, in a cluster: from its first block to the other.
     Barrier taken_ready, taken_free;
     int taken;
     // With block lists. Of twice as many steps as there are stages: dQ comes a step late.

@@ -4,7 +4,7 @@
 #include "sm90/bwd/config.h"
 #include "sm90/bwd/dq_order.h"
 #include "sm90/bwd/query_blocks.h"
-#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/cluster.cuh"
 #include "tile/seqlen.h"
 
 namespace flashcore::sm90::bwd {
@@ -42,14 +42,17 @@ struct alignas(16) Work : StepOrder {
     return work;
   }
 
-  FC_DEVICE bool empty() const { return last <= first; }
+  // Nothing to do for this block; of those that divide the queries, not for any.
+  FC_DEVICE bool empty() const { return begin == end; }
+  FC_DEVICE bool visited() const { return first < last; }
   FC_DEVICE bool masked(int m) const { return m < full || m >= last_full; }
 
   // tile.m_block: which key tile of the sequence. Field by field, since the producer has few
   // registers.
   // slot: of the sums of dQ, where a block or a cluster has its own.
   // falling: the tiles of the head do.
-  // plain: p.plain, where the compiler is to know.
+  // plain: p.plain, where the compiler is to know. kHalf: the queries are divided.
+  template <bool kHalf>
   FC_DEVICE void set(const BwdParams& p, tile::Tile tile, bool falling, int block_m, int block_n,
                      int slot, bool plain = false) {
     tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch, plain || p.alike);
@@ -77,7 +80,8 @@ struct alignas(16) Work : StepOrder {
     last_full = rows.last_full;
     bool const rising = !plain && p.turns && !falling;
     set_steps(rows, rising);
-    if (plain) return;
+    if constexpr (kHalf) take_half(cluster_rank());
+    if (plain || kHalf) return;
     if (p.whole_heads || rising) set_fresh(rows, rows_of(seq, n - 1, block_m, block_n));
     if (p.whole_heads || (p.turns && falling))
       set_complete(rows, rows_of(seq, n + 1, block_m, block_n));

@@ -70,8 +70,8 @@ struct FwdParams {
   int64_t q_offset;
   const int32_t* q_offset_tensor;
   tile::Window window;
-  bool alike;                    // all sequences are this one:
-  tile::ShortSequence sequence;  // else sequence_of reads the above
+  bool alike;                     // all sequences are this one:
+  tile::ShortSequence sequence;   // else sequence_of reads the above
   tile::TileScheduler scheduler;  // of a packed batch: of one sequence, whose m_blocks it sets
 
   // The keys in num_splits parts of split_blocks blocks; then results go, in float32 and without

@@ -200,9 +200,9 @@ void schedule(const FwdConfig& c, const Problem& p, FwdParams& params) {
     int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
     auto const cost = [&](int m_block) {
       int64_t const row = int64_t{m_block} * c.block_m;
-      auto const keys = tile::key_blocks<int64_t>(tile::band_of(p.window, q_offset), row,
-                                                  min_of(row + c.block_m, p.seqlen_q), p.seqlen_k,
-                                                  c.block_n);
+      auto const keys =
+          tile::key_blocks<int64_t>(tile::band_of(p.window, q_offset), row,
+                                    min_of(row + c.block_m, p.seqlen_q), p.seqlen_k, c.block_n);
       return static_cast<double>(keys.last - keys.first) + kTileOverhead;
     };
     // The search takes tens of microseconds, the rest of a call two.

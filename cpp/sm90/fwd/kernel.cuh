@@ -55,8 +55,8 @@ struct Kernel {
     prefetch_tensor_map(p.k);
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.out);
-    // Two copies: until the first tile is known all wait, and code that is passed over makes the way
-    // there longer, as none of it is in the instruction cache.
+    // Two copies: until the first tile is known all wait, and code that is passed over makes the
+    // way there longer, as none of it is in the instruction cache.
     if (p.alike)
       produce_tiles(p, sh, team, true);
     else

@@ -48,8 +48,8 @@ struct alignas(16) Work {
     tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch, alike);
     tile::Band<int> const band = masked ? seq.band : tile::Band<int>{};
     int const row = tile.m_block * block_m;
-    tile::BlockRange<int> const blocks = tile::key_blocks(
-        band, row, min_of(row + block_m, seq.seqlen_q), seq.seqlen_k, block_n);
+    tile::BlockRange<int> const blocks =
+        tile::key_blocks(band, row, min_of(row + block_m, seq.seqlen_q), seq.seqlen_k, block_n);
     return {row,
             tile.head,
             tile.batch,

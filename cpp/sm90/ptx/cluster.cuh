@@ -40,6 +40,15 @@ FC_DEVICE void copy_to(uint32_t rank, void* to, const void* from, uint32_t bytes
       : "memory");
 }
 
+// Four floats -> where another block's shared memory is at `to`, and its barrier at `barrier`.
+FC_DEVICE void store_x4_to(uint32_t to, float x, float y, float z, float w, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(x), "f"(y), "f"(z), "f"(w), "r"(barrier)
+      : "memory");
+}
+
 // One word -> shared memory of block `rank`, where `to` and `barrier` are here.
 FC_DEVICE void store_to(uint32_t rank, int& to, int value, Barrier& barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(

@@ -1,4 +1,4 @@
-// The barrier protocol of the Hopper backward kernel whose blocks work in pairs, as in
+// The barrier protocol of the Hopper backward kernel whose blocks divide keys in pairs, as in
 // cpp/sm90/bwd: kernel.cuh, steps_by_cluster.cuh; and dq_order.cuh, whose turns always come at last
 // (test_dq_order.cpp).
 #include <initializer_list>
@@ -49,7 +49,9 @@ struct Pair : Machine {
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
   // ordered: tiles are taken, and dQ is added to in a fixed order.
-  Pair(const std::vector<int>& steps, bool ordered) {
+  Pair(const std::vector<int>& real_steps, bool ordered) {
+    std::vector<int> steps{0};  // the rehearsal
+    steps.insert(steps.end(), real_steps.begin(), real_steps.end());
     for (int block = 0; block < 2; ++block)
       for (int b = 0; b < kBarriers; ++b) {
         bool const free = b == k_free || b == v_free || b >= free_(0);
@@ -61,6 +63,10 @@ struct Pair : Machine {
                                                                           : 1);
       }
     buffers.resize(2 * kBuffers);
+    for (int block : {0, 1}) {
+      buffers[block * kBuffers + work].holds = 0;
+      for (int b : {k_ready, v_ready, peer_k_ready}) barriers[block * kBarriers + b].arrive();
+    }
     for (int block = 0; block < 2; ++block) {
       programs.push_back(Producer{{block, {}}, ordered}.program(steps));
       for (int w = 0; w < kWarps; ++w)
@@ -113,12 +119,12 @@ struct Pair : Machine {
     Program program(const std::vector<int>& steps) {
       auto ring = Ring<kStages>::producer();
       uint32_t parity = 1;
-      for (int t = 0; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
+      for (int t = 1; t < static_cast<int>(steps.size()); ++t, parity ^= 1) {
         if (ordered) take(t, parity);
-        wait(k_free, parity);
+        wait(k_free, parity ^ 1);
         write(work, t);
         if (steps[t] == 0) {
-          wait(v_free, parity);
+          wait(v_free, parity ^ 1);
           for (int b : {k_ready, v_ready, peer_k_ready}) arrive(b);
           continue;
         }
@@ -127,7 +133,7 @@ struct Pair : Machine {
           wait(free_(ring.stage), ring.parity);
           load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
           if (i == 0) {
-            wait(v_free, parity);
+            wait(v_free, parity ^ 1);
             load(v_ready, v, value(t, 0, 1));
             load(peer_k_ready, peer_k, value(t, 0, 6));
           }
@@ -135,7 +141,7 @@ struct Pair : Machine {
         }
       }
       if (ordered) take(kNoWork, parity);
-      wait(k_free, parity);
+      wait(k_free, parity ^ 1);
       write(work, kNoWork);
       arrive(k_ready);
       return out;

@@ -160,6 +160,25 @@ TEST("every query block is added to by the tiles that visit it, in the order of 
   }
 }
 
+TEST("two halves of a tile's steps are all of them") {
+  for (bool reversed : {false, true})
+    for (int first : {0, 3})
+      for (int steps = 0; steps < 6; ++steps) {
+        std::vector<int> seen(10, 0);
+        for (int rank : {0, 1}) {
+          StepOrder order;
+          order.set_steps({first, first, first + steps, first + steps}, reversed);
+          order.take_half(rank);
+          int count = 0;
+          for (int m = order.begin; m != order.end && count <= steps; m += order.stride, ++count)
+            ++seen.at(static_cast<size_t>(m));
+          CHECK_EQ(count, (steps + 1 - rank) / 2);
+        }
+        for (int m = 0; m < 10; ++m)
+          CHECK_EQ(seen[static_cast<size_t>(m)], m >= first && m < first + steps);
+      }
+}
+
 TEST("the model notices tiles that wait for those that are taken after them") {
   std::mt19937 random(2);
   int hung = 0;

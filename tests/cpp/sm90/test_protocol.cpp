@@ -137,7 +137,7 @@ struct Forward : Machine {
       arrive(turn(next));
     };
     if (turns && c == consumers - 1) arrive(turn(0));  // the first turn
-    wait(q_ready(q.stage), q.parity);  // the rehearsal: without keys
+    wait(q_ready(q.stage), q.parity);                  // the rehearsal: without keys
     arrive(q_free(q.stage));
     q.advance();
     for (int t = 0; t < static_cast<int>(blocks.size()); ++t) {
