@@ -39,7 +39,9 @@ struct Kernel {
     release_registers<T::kProducerRegs>();
     if (!elect_one()) return;
     int const warp = threadIdx.x / 32;
-    if (T::kLists || warp > 0) wait_for_barriers();  // else later
+    bool const plain = !T::kLists && p.plain;
+    // A first tile that is dealt out is found before.
+    if (warp > 0 || T::kLists || (T::kCluster > 1 && !plain)) wait_for_barriers();
     if (warp > 0 && !T::kLists) {
       if (p.turns && warp <= T::kConsumers)
         keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
@@ -55,7 +57,7 @@ struct Kernel {
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     // Two copies: until the first tile is known all wait, and code that is passed over makes the
     // way there longer, as none of it is in the instruction cache.
-    if (!T::kLists && p.plain)
+    if (plain)
       produce_tiles(p, sh, true);
     else
       produce_tiles(p, sh, false);
@@ -65,7 +67,10 @@ struct Kernel {
 
   // Initialised by a consumer, so that the producer finds its first tile meanwhile.
   FC_DEVICE static void wait_for_barriers() {
-    if constexpr (T::kCluster == 1) named_barrier_sync_apart(T::kProducersBegin, 128 + 32);
+    if constexpr (T::kCluster > 1)
+      cluster_wait();
+    else
+      named_barrier_sync_apart(T::kProducersBegin, 128 + 32);
   }
 
   FC_DEVICE static void produce_tiles(const BwdParams& p, Shared& sh, bool plain) {
@@ -78,7 +83,7 @@ struct Kernel {
     if constexpr (!T::kLists) {
       sh.tiles = KeyTiles(blockIdx.x / T::kCluster, gridDim.x / T::kCluster);
       find_next(p, sh, parity, plain);
-      wait_for_barriers();
+      if (T::kCluster == 1 || plain) wait_for_barriers();
     }
     for (;;) {
       if constexpr (T::kLists) sh.next_ready.wait(parity ^ 1);
@@ -309,20 +314,29 @@ struct Kernel {
   // One whose queries are divided between two blocks.
   FC_DEVICE static void tile_by_queries(const Consumer<T>& c, uint32_t parity,
                                         uint32_t& sums_parity) {
-    if (!c.work().empty()) StepsByKeys<T>::finish(c, StepsByKeys<T>::run(c, parity));
-    bool const shared = c.work().visited();
+    bool const empty = c.work().empty(), shared = c.work().visited();
+    typename Consumer<T>::Step last{};
+    if (!empty) last = StepsByKeys<T>::run(c, parity);
+    if (shared) Halves<T>::make_room(c);
+    if (!empty) StepsByKeys<T>::finish(c, last);
+    Work const work = c.work();
+    __syncwarp();
+    // At once, so that the first K comes in spite of the rehearsal.
+    if (!shared) c.release(c.sh.k_free[c.tile]);
     int redo = 0;
     if (c.rank == 0) {
       if (shared) Halves<T>::add_up(c, c.rdV, c.rdK, sums_parity);
-      redo = store_dv(c, c.work());
+      redo = store_dv(c, work);
     } else {
       if (shared) Halves<T>::add_up(c, c.rdK, c.rdV, sums_parity);
-      redo = store_dk(c, c.work());
+      redo = store_dk(c, work);
     }
-    if (shared) sums_parity ^= 1;
-    note_redo(c, c.work(), redo);
+    if (shared) {
+      c.release(c.sh.k_free[c.tile]);
+      sums_parity ^= 1;
+    }
+    note_redo(c, work, redo);
     release_v(c);
-    c.release(c.sh.k_free[c.tile]);
   }
   // One whose gradients are: the first consumer has dV, the second dK.
   FC_DEVICE static void tile_of_one(const Consumer<T>& c, uint32_t parity) {
@@ -465,9 +479,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     Kernel<T>::init_barriers(p, sh);
     Kernel<T>::rehearse(sh);
   }
-  if constexpr (T::kCluster > 1) cluster_sync();
+  if constexpr (T::kCluster > 1) cluster_arrive();
   if (warpgroup_index() == 0) return Kernel<T>::produce(p, sh);
-  if constexpr (T::kCluster == 1) {
+  if constexpr (T::kCluster > 1) {
+    cluster_wait();
+  } else {
     if (warp_index() == 4) named_barrier_arrive(T::kProducersBegin, 128 + 32);
     named_barrier_sync(T::kBegin, T::kConsumerThreads);
   }

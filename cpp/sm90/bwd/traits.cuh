@@ -75,10 +75,10 @@ struct Traits {
   static constexpr int kPeerPanels = kPanels / 2;  // of the other block's K that dQ takes here
   static constexpr int kDsBytes = kBlockM * kKeys * 2;
   static constexpr int kDsBuffers = kByCluster ? 1 : 2;
-  // Where queries are divided: one consumer's dK or dV in float32, for the other block. Those of
-  // both consumers fill the room of K and V.
+  // Where queries are divided: one consumer's dK or dV in float32, for the other block, in the
+  // place of Q and dO.
   static constexpr int kSumBytes = 64 * kHeadDim * 4;
-  static_assert(!kByQueries || kConsumers * kSumBytes == kKBytes + kVBytes);
+  static_assert(!kByQueries || kConsumers * kSumBytes <= kStages * (kQBytes + kDoutBytes));
 
   struct Shared {
     alignas(1024) char k[kTilesOfK][kKBytes];

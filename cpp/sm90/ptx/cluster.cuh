@@ -10,10 +10,12 @@ FC_DEVICE uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks that have not ended meet.
+// All threads of all blocks that have not ended meet: each arrives, and waits until all have.
+FC_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+FC_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 FC_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 // Where an address of this block's shared memory is in that of block `rank`.
