@@ -54,12 +54,6 @@ struct Traits {
   static constexpr bool kFromStats = !kTerms && !kStatProducts;
   using Stat = std::conditional_t<kStatProducts, StatParts, float>;
 
-  // Tiles whose K is there. With two, a consumer that is done with one begins the next, while
-  // another still makes dQ of the last step.
-  static constexpr int kTilesOfK = kByKeys && !kByQueries && kHeadDim <= 64 ? 2 : 1;
-  // Whether dK, too, leaves through shared memory: not if V is all that the next tile waits for.
-  static constexpr bool kDkByWayOfV = kByKeys && kTilesOfK == 1;
-
   // Those who divide dQ of a step: the consumers of a block, or of a cluster that divides keys.
   using Dq = DqLayout<kBlockM, kHeadDim, kConsumers*(kByCluster ? kCluster : 1)>;
   static FC_HD constexpr int dq_part(int consumer, int rank) {
@@ -79,6 +73,14 @@ struct Traits {
   // place of Q and dO.
   static constexpr int kSumBytes = 64 * kHeadDim * 4;
   static_assert(!kByQueries || kConsumers * kSumBytes <= kStages * (kQBytes + kDoutBytes));
+
+  // Tiles whose K is there. With two, a consumer that is done with one begins the next, while
+  // another still makes dQ of the last step.
+  static constexpr int kTwoTiles =
+      2 * kKBytes + kVBytes + kStages * (kQBytes + kDoutBytes) + kDsBuffers * kDsBytes;
+  static constexpr int kTilesOfK = kByKeys && !kByQueries && kTwoTiles <= 216 * 1024 ? 2 : 1;
+  // Whether dK, too, leaves through shared memory: not if V is all that the next tile waits for.
+  static constexpr bool kDkByWayOfV = kByKeys && kTilesOfK == 1;
 
   struct Shared {
     alignas(1024) char k[kTilesOfK][kKBytes];
