@@ -3,7 +3,8 @@
 // Every rule is one half-open interval of keys per row, [first, last), with both ends growing with
 // the row. Causal is the window whose right side is 0; so there is one concept, not three.
 //
-// Int: int64_t, or int in kernels, where positions and the ends of a band are below 2^30.
+// Int: int64_t, or int in kernels, where positions are up to 2^29 and the ends of a band up to
+// 2^30.
 #pragma once
 #include "common/types.h"
 

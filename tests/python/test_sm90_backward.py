@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 DIMS = [64, 128, 256]
 KERNELS = [32, 64, 96, 128, 192, 256]  # one per kernel
 NAN, INF = float("nan"), float("inf")
+BATCHES = [1, 70]  # few tiles, which head dims 64 and 128 have kernels for, and many
 
 
 class Call:
@@ -52,6 +53,12 @@ class Call:
         )
         torch.cuda.synchronize()
         return grads
+
+    def check_few(self, batch: int) -> None:
+        """Whether the kernel is the one for few tiles, where there is one."""
+        t = self.tensors
+        plan = fc.explain(t["q"], t["k"], t["v"], direction="backward", **self.options)
+        assert ("-few-" in plan.kernel) == (batch == 1 and t["q"].shape[-1] in (40, 64, 128))
 
     def check(self, grads: fc.Grads, **more) -> None:
         a = self.arrays
@@ -249,10 +256,12 @@ def test_deterministic_writes_dq_where_no_key_tile_comes():
     assert torch.equal(dq[:, : 900 - 130], before[:, : 900 - 130])
 
 
+@pytest.mark.parametrize("b", BATCHES)
 @pytest.mark.parametrize("d", DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accumulate_adds(d, dtype):
-    call = Call(Case("accumulate", dtype="bf16", d=d, causal=True))
+def test_accumulate_adds(d, dtype, b):
+    call = Call(Case("accumulate", dtype="bf16", b=b, q=131, k=200, h=(2, 1), d=d, causal=True))
+    call.check_few(b)
     plain = call.run()
     into = {f"d{name}": torch.full_like(call.tensors[name], 3.0, dtype=dtype) for name in "qkv"}
     grads = call.run(accumulate=True, **into)
@@ -262,17 +271,21 @@ def test_accumulate_adds(d, dtype):
         assert error < 0.05 if dtype == torch.bfloat16 else error < 0.02
 
 
+@pytest.mark.parametrize("b", BATCHES)
 @pytest.mark.parametrize("d", DIMS)
-def test_float32_gradients(d):
-    call = Call(Case("float32", dtype="bf16", d=d, causal=True))
+def test_float32_gradients(d, b):
+    call = Call(Case("float32", dtype="bf16", b=b, q=131, k=200, h=(2, 1), d=d, causal=True))
+    call.check_few(b)
     into = {f"d{name}": torch.empty_like(call.tensors[name], dtype=torch.float32) for name in "qkv"}
     call.check(call.run(**into))
 
 
+@pytest.mark.parametrize("b", BATCHES)
 @pytest.mark.parametrize("d", [*DIMS, 40, 136])
-def test_nothing_is_written_outside_the_gradients(d):
+def test_nothing_is_written_outside_the_gradients(d, b):
     """Canaries before, after and between the rows."""
-    call = Call(Case("canaries", dtype="bf16", q=131, k=200, h=(2, 1), d=d, causal=True))
+    call = Call(Case("canaries", dtype="bf16", b=b, q=131, k=200, h=(2, 1), d=d, causal=True))
+    call.check_few(b)
     plain = call.run()
     into, rooms = {}, {}
     for name in "qkv":
@@ -288,7 +301,7 @@ def test_nothing_is_written_outside_the_gradients(d):
         assert (rooms[name] == 7).all()
 
 
-@pytest.mark.parametrize("d", [*DIMS, 40])
+@pytest.mark.parametrize("d", [*DIMS, 32, 40, 96])
 @pytest.mark.parametrize(
     "options",
     [{"lengths_q": (60, 131)}, {"lengths_k": (7, 200)}, {"packed_q": (60, 71, 131)}],

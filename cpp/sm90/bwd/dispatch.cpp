@@ -20,7 +20,7 @@ namespace {
 // an H200, in two halves that may both hold a line).
 constexpr int64_t kL2Budget = int64_t{16} << 20;
 
-// Q, K and V of a call, that preprocess asks L2 for: half of it (60 MB on an H200).
+// Most bytes of Q, K and V that preprocess asks L2 for: half of what that holds.
 constexpr int64_t kPrefetched = int64_t{32} << 20;
 
 // What a tile costs besides its query blocks, in query blocks: K and V, the first scores, dK and

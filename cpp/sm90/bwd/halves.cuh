@@ -42,6 +42,7 @@ struct Halves {
       mine[4 * i + 2] += x.z;
       mine[4 * i + 3] += x.w;
     }
+    fence_async_shared();  // the copy engine writes here next
   }
 };
 

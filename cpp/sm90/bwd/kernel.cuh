@@ -11,7 +11,8 @@
 // steps_by_cluster.cuh.
 // A tile takes all query heads that share its key head, so dK and dV need no sums in memory. dQ
 // does (dq.cuh). The tile loop is persistent: rings keep stage and parity across tiles, so the
-// producer fetches the next tile's Q and dO while consumers store this one's dK and dV.
+// producer fetches the next tile's Q and dO while consumers store this one's dK and dV (where
+// queries are divided, when those are added up).
 #pragma once
 #include "sm90/bwd/dq_order.cuh"
 #include "sm90/bwd/halves.cuh"
@@ -43,8 +44,9 @@ struct Kernel {
     // A first tile that is dealt out is found before.
     if (warp > 0 || T::kLists || (T::kCluster > 1 && !plain)) wait_for_barriers();
     if (warp > 0 && !T::kLists) {
-      if (p.turns && warp <= T::kConsumers)
-        keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
+      if constexpr (!T::kByQueries)
+        if (p.turns && warp <= T::kConsumers)
+          keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
       return;
     }
     if (warp > 1) return;
@@ -65,7 +67,8 @@ struct Kernel {
     let_next_kernel_begin();
   }
 
-  // Initialised by a consumer, so that the producer finds its first tile meanwhile.
+  // Initialised by a consumer, so that the producer finds its first tile meanwhile. One lane of a
+  // warp waits, the others have ended: a barrier counts warps.
   FC_DEVICE static void wait_for_barriers() {
     if constexpr (T::kCluster > 1)
       cluster_wait();

@@ -51,11 +51,11 @@ FC_DEVICE void clear_dq(const BwdParams& p, QueryBlock at, int q_begin, int head
 // Asks for the lines of a matrix's rows that this block's queries face, so that L2 has them when
 // the main kernel begins.
 template <int kCols, int kRows>
-FC_DEVICE void prefetch_rows(const Matrix& m, int batch, int head, int row, int rows) {
+FC_DEVICE void prefetch_rows(const Matrix& m, int batch, int head, int row, int rows, int cols) {
   constexpr int kLines = ceil_div(kCols, 64);  // of 128 bytes, of a row
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kLines; i += kPreprocessThreads)
-    if (i / kLines < rows)
+    if (i / kLines < rows && i % kLines * 64 < cols)
       prefetch_l2(row_address<uint16_t>(m, batch, head, row + i / kLines, i % kLines * 64));
 }
 
@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
   }
   // While that is on its way.
   if (p.prefetch) {
-    prefetch_rows<T::kHeadDim, T::kBlockM>(p.q_ref, at.batch, head, at.row, rows);
+    prefetch_rows<T::kHeadDim, T::kBlockM>(p.q_ref, at.batch, head, at.row, rows, p.head_dim);
     if (head < p.scheduler.heads) {  // as many as there are of keys
       int const keys = p.seqlen_k - at.row;
-      prefetch_rows<T::kHeadDim, T::kBlockM>(p.k_ref, at.batch, head, at.row, keys);
-      prefetch_rows<T::kHeadDimV, T::kBlockM>(p.v_ref, at.batch, head, at.row, keys);
+      prefetch_rows<T::kHeadDim, T::kBlockM>(p.k_ref, at.batch, head, at.row, keys, p.head_dim);
+      prefetch_rows<T::kHeadDimV, T::kBlockM>(p.v_ref, at.batch, head, at.row, keys, p.head_dim_v);
     }
   }
   if (p.redo_queries && threadIdx.x < 16) p.redo_queries[int64_t{block} * 16 + threadIdx.x] = 0;

@@ -1,5 +1,5 @@
-// The steps of a tile of 128 keys that two blocks of a cluster share, 64 each (head dim 256; 128 in
-// calls of few tiles). In a block one consumer keeps dV and makes P, the other keeps dK and makes
+// The steps of a tile of 128 keys that two blocks of a cluster share, 64 each (head dim 256). In a
+// block one consumer keeps dV and makes P, the other keeps dK and makes
 // dS: S^T = K Q^T leaves P^T in the registers of the one as the A operand of dV, and dP^T = V dO^T
 // dS^T in those of the other as that of dK. A thread of the second needs just the P that its twin
 // in the first has.

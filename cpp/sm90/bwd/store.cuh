@@ -81,6 +81,7 @@ template <class Element, int kRows, int N>
 FC_DEVICE void store_boxes(const CUtensorMap& map, const Matrix& m, bool packed, char* panels,
                            int first, const float (&x)[N], float scale, int batch, int head,
                            int row, int valid, int rows, int cols) {
+  rows = max_of(rows, 0);  // of a rehearsal it is far below
   int const lane = threadIdx.x % 32, matrix = lane / 8;
   bool const stores = elect_one();  // the same lane whenever the warp is together
   bool const kept[] = {lane / 4 < valid, lane / 4 + 8 < valid};

@@ -42,9 +42,8 @@ struct alignas(16) Work : StepOrder {
     return work;
   }
 
-  // Nothing to do for this block; of those that divide the queries, not for any.
-  FC_DEVICE bool empty() const { return begin == end; }
-  FC_DEVICE bool visited() const { return first < last; }
+  FC_DEVICE bool empty() const { return begin == end; }    // nothing to do for this block
+  FC_DEVICE bool visited() const { return first < last; }  // something for one of the cluster
   FC_DEVICE bool masked(int m) const { return m < full || m >= last_full; }
 
   // tile.m_block: which key tile of the sequence. Field by field, since the producer has few

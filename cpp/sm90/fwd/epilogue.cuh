@@ -49,7 +49,7 @@ FC_DEVICE void store_o_staged(const FwdParams& p, typename T::Shared& sh, const 
                   work.q_begin + work.row + warp_row, work.head, batch);
     tma_store_commit();
   }
-  int const rows = cut ? work.seqlen_q - work.row - warp_row : 0;  // of the warp's 16
+  int const rows = cut ? max_of(0, work.seqlen_q - work.row - warp_row) : 0;  // of the warp's 16
   auto* const out = static_cast<Element*>(p.out_ref.data) + work.head * p.out_ref.head_stride +
                     (int64_t{work.q_begin} + work.row + warp_row) * p.out_ref.row_stride;
   for (int i = lane; i < rows * T::kStaged / 8; i += 32) {  // 16 bytes each

@@ -119,7 +119,8 @@ __global__ void dump_rows(const __grid_constant__ bwd::TensorMaps maps, int box,
     ready.init(1);
     fence_barrier_init();
     ready.arrive_expect(box * kPanelBytes);
-    bwd::load_rows(smem, maps, ready, box, 0, row, valid, head, batch, policy_evict_first());
+    bwd::load_rows(smem, maps, ready, box, 0, row, valid, head, batch, policy_evict_first(),
+                   maps.cut);
   }
   __syncthreads();
   ready.wait(0);
