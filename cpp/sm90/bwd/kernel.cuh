@@ -270,7 +270,8 @@ struct Kernel {
     [[maybe_unused]] uint32_t sums_parity = 0;
     for (;; tiles.advance()) {
       sh.k_ready[tiles.stage].wait(tiles.parity);
-      // Of barriers of which there is one: alternates from tile to tile.
+      // Of barriers of which there is one: alternates from tile to tile. V's do not count the
+      // rehearsal.
       static_assert(T::kTilesOfK <= 2);
       uint32_t const parity = T::kTilesOfK > 1 ? tiles.stage : tiles.parity;
       if (sh.work[tiles.stage].key < 0) break;
@@ -435,8 +436,6 @@ struct Kernel {
   FC_DEVICE static void rehearse(Shared& sh) {
     sh.work[0] = Work::past_the_end();
     sh.k_ready[0].arrive();
-    sh.v_ready.arrive();
-    sh.peer_k_ready.arrive();
   }
 
   FC_DEVICE static void init_barriers(const BwdParams& p, Shared& sh) {

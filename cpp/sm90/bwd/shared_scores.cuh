@@ -57,7 +57,7 @@ struct SharedScores {
     issue_s(c, rS);
     wgmma_wait<0>();
     pin(rS);
-    c.sh.v_ready.wait(parity);
+    c.sh.v_ready.wait(parity ^ 1);
     issue_dp(c, rdP);
     make_p(c, rS, 0, c.first_step());
     wgmma_wait<0>();

@@ -36,7 +36,7 @@ struct StepsByCluster {
     DqProduct rdQ;
     if constexpr (T::kLists) c.sh.q_ready[c.ring.stage].wait(c.ring.parity);
     Step at = c.first_step();
-    c.sh.peer_k_ready.wait(parity);
+    c.sh.peer_k_ready.wait(parity ^ 1);
     if constexpr (kFirst) {
       ScoreTile rS;
       ProbTile rP, rX;
@@ -55,7 +55,7 @@ struct StepsByCluster {
       pin(c.rdV);
     } else {
       ScoreTile rdP;
-      c.sh.v_ready.wait(parity);
+      c.sh.v_ready.wait(parity ^ 1);
       issue_dp(c, rdP);
       while (!at.last) at = second_step<true>(c, rdP, rdQ, at);
       second_step<false>(c, rdP, rdQ, at);

@@ -29,7 +29,7 @@ struct StepsByKeys {
     wait_dout(c);
     wgmma_wait<0>();
     pin(rS);
-    c.sh.v_ready.wait(parity);
+    c.sh.v_ready.wait(parity ^ 1);
 
     Step at = c.first_step();
     bool first = true;

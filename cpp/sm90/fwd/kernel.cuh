@@ -56,8 +56,9 @@ struct Kernel {
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.out);
     // Two copies: until the first tile is known all wait, and code that is passed over makes the
-    // way there longer, as none of it is in the instruction cache.
-    if (p.alike)
+    // way there longer, as none of it is in the instruction cache. With block lists it is long
+    // anyhow.
+    if (!T::kLists && p.alike)
       produce_tiles(p, sh, team, true);
     else
       produce_tiles(p, sh, team, false);
@@ -134,7 +135,7 @@ struct Kernel {
   // a thread that has nothing else to do, while the blocks of the tile before are fetched. Not
   // earlier, or tiles would wait here that others could have taken.
   FC_DEVICE static void find(const FwdParams& p, Shared& sh, int team) {
-    TakenTiles<T> tiles(p, team, p.alike);
+    TakenTiles<T> tiles(p, team, false);
     bool more = true;
     for (uint32_t parity = 1; more; parity ^= 1) {
       sh.found_free.wait(parity);
@@ -189,7 +190,7 @@ struct Kernel {
       if (elect_one()) tma_store_wait();
       __syncwarp();
       Work work;
-      for (TilesAgain<T> tiles(p, team, p.alike); tiles.next(p, work);)
+      for (TilesAgain<T> tiles(p, team, !T::kLists && p.alike); tiles.next(p, work);)
         Repair<T>::rows(p, work, work.row + warp_row);
     }
   }

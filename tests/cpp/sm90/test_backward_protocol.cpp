@@ -122,7 +122,6 @@ struct Backward : Machine {
   void rehearse() {
     buffers[work].holds = 0;
     barriers[k_ready].arrive();
-    for (int w = 0; w < kWarps; ++w) barriers[v_ready].arrive();
   }
 
   // The last one is that there are no more.
@@ -242,7 +241,7 @@ struct Backward : Machine {
     }
 
     Program program(const std::vector<int>& steps) {
-      uint32_t parity = 0;
+      uint32_t parity = 1;  // of V, which the rehearsal does not have
       for (int t = 0;; ++t, parity ^= 1) {
         bool const last = t == static_cast<int>(steps.size());
         Slot const slot(t, slots);

@@ -65,7 +65,7 @@ struct Pair : Machine {
     buffers.resize(2 * kBuffers);
     for (int block : {0, 1}) {
       buffers[block * kBuffers + work].holds = 0;
-      for (int b : {k_ready, v_ready, peer_k_ready}) barriers[block * kBarriers + b].arrive();
+      barriers[block * kBarriers + k_ready].arrive();
     }
     for (int block = 0; block < 2; ++block) {
       programs.push_back(Producer{{block, {}}, ordered}.program(steps));
@@ -185,8 +185,8 @@ struct Pair : Machine {
         read(work, last ? kNoWork : t);
         if (last) return out;
         if (steps[t] > 0) {
-          wait(peer_k_ready, parity);
-          index < kWarps / 2 ? first(t, steps[t]) : second(t, steps[t], parity);
+          wait(peer_k_ready, parity ^ 1);  // not of the rehearsal, nor is V
+          index < kWarps / 2 ? first(t, steps[t]) : second(t, steps[t], parity ^ 1);
         }
         arrive(v_free);
         arrive(k_free);
