@@ -58,7 +58,7 @@ struct Kernel {
       if (warp == 1) return find(p, sh);
     if (T::kTerms && p.dropout_threshold) sh.dropout = dropout_key(p);
     // Two copies: until the first tile is known all wait, and code that is passed over makes the
-    // way there longer, as none of it is in the instruction cache.
+    // way there longer (docs/kernels/sm90_bwd.md, "Where tiles are few").
     if (plain)
       produce_tiles(p, sh, true);
     else
@@ -430,9 +430,9 @@ struct Kernel {
     }
   }
 
-  // Before the first tile there is one that is not there. Consumers store none of it, but what they
-  // run then is in the instruction cache when they come to it again, and until the first K and Q
-  // are here they have nothing else to do.
+  // Before the first tile there is one that is not there. Consumers store none of it, but run what
+  // they run at a tile's end, which takes longer the first time; and until the first K and Q are
+  // here they have nothing else to do.
   FC_DEVICE static void rehearse(Shared& sh) {
     sh.work[0] = Work::past_the_end();
     sh.k_ready[0].arrive();

@@ -110,11 +110,10 @@ struct StepsByCluster {
   }
   FC_DEVICE static void put(const Consumer& c, Step at, DqProduct& rdQ, uint32_t parity) {
     int const part = T::dq_part(kIndex, c.rank);
-    auto& dq =
-        reinterpret_cast<typename T::DqTile&>(rdQ[T::Dq::kept(kIndex) / 2]);  // what it keeps
+    static_assert(T::Dq::kProductCols == T::Dq::kCols);  // it keeps all
     c.wait_turn(parity);
     put_dq<T, 0>(c.p, c.work(), part, at.head, at.m,
-                 dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), dq, c.sh.redo);
+                 dq_sums<T, 0>(c.p, c.work(), part, at.head, at.m), rdQ, c.sh.redo);
     c.pass_turn();
   }
 

@@ -56,8 +56,8 @@ struct Kernel {
     prefetch_tensor_map(p.v);
     prefetch_tensor_map(p.out);
     // Two copies: until the first tile is known all wait, and code that is passed over makes the
-    // way there longer, as none of it is in the instruction cache. With block lists it is long
-    // anyhow.
+    // way there longer (docs/kernels/sm90_bwd.md, "Where tiles are few"). With block lists it is
+    // long anyhow.
     if (!T::kLists && p.alike)
       produce_tiles(p, sh, team, true);
     else
@@ -73,8 +73,10 @@ struct Kernel {
     auto tiles = [&] {
       if constexpr (T::kFinders)
         return FoundTiles<T>{sh};
+      else if constexpr (T::kLists)
+        return TakenTiles<T>(team);
       else
-        return Tiles<T>(p, team, alike);
+        return DealtTiles<T>(p, team, alike);
     }();
     Work own;
     Work& next = T::kFinders ? sh.found : own;
@@ -135,7 +137,7 @@ struct Kernel {
   // a thread that has nothing else to do, while the blocks of the tile before are fetched. Not
   // earlier, or tiles would wait here that others could have taken.
   FC_DEVICE static void find(const FwdParams& p, Shared& sh, int team) {
-    TakenTiles<T> tiles(p, team, false);
+    TakenTiles<T> tiles(team);
     bool more = true;
     for (uint32_t parity = 1; more; parity ^= 1) {
       sh.found_free.wait(parity);
@@ -190,8 +192,13 @@ struct Kernel {
       if (elect_one()) tma_store_wait();
       __syncwarp();
       Work work;
-      for (TilesAgain<T> tiles(p, team, !T::kLists && p.alike); tiles.next(p, work);)
-        Repair<T>::rows(p, work, work.row + warp_row);
+      auto tiles = [&] {
+        if constexpr (T::kLists)
+          return TakenBefore<T>(team);
+        else
+          return DealtTiles<T>(p, team, p.alike);
+      }();
+      while (tiles.next(p, work)) Repair<T>::rows(p, work, work.row + warp_row);
     }
   }
 
@@ -357,9 +364,9 @@ struct Kernel {
     if (threadIdx.x % 32 == 0) free.arrive();
   }
 
-  // Before the first tile there is one that is not there. Consumers store none of it, but what they
-  // run then is in the instruction cache when they come to it again, and until the first Q and K
-  // are here they have nothing else to do.
+  // Before the first tile there is one that is not there. Consumers store none of it, but run what
+  // they run at a tile's end, which takes longer the first time; and until the first Q and K are
+  // here they have nothing else to do.
   FC_DEVICE static void rehearse(Shared& sh) {
     sh.work[0] = Work::past_the_end();
     sh.q_ready[0].arrive();

@@ -1,7 +1,5 @@
 // Which tiles a team works on, one after another.
 #pragma once
-#include <type_traits>
-
 #include "sm90/fwd/traits.cuh"
 #include "sm90/fwd/work.cuh"
 
@@ -32,12 +30,12 @@ struct DealtTiles {
 
 // The work of a tile with block lists, whose ranges are of visits. The longest lists are the last.
 template <class T>
-FC_DEVICE void set_work(const FwdParams& p, tile::Tile tile, Work& work, bool alike) {
+FC_DEVICE void set_work(const FwdParams& p, tile::Tile tile, Work& work) {
   if (p.order) {
     int const pair = tile.batch * p.scheduler.heads + tile.head;
     tile.m_block = p.order[pair * p.scheduler.m_blocks + tile.m_block];
   }
-  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN, T::kMask != Mask::none, alike);
+  work = Work::of(p, tile, 0, T::kBlockM, T::kBlockN, T::kMask != Mask::none, false);
   asm volatile("" ::: "memory");  // a finder has few registers: its work lies in shared memory
   work.keep(kept_blocks<T>(p, work));
 }
@@ -50,17 +48,16 @@ template <class T>
 struct TakenTiles {
   TileCursor cursor;
   int index, team, after = -1;
-  bool alike;
 
-  FC_DEVICE TakenTiles(const FwdParams&, int t, bool alike)
-      : index(t * gridDim.x + blockIdx.x), team(number_of(t, T::kTeams)), alike(alike) {}
+  FC_DEVICE explicit TakenTiles(int t)
+      : index(t * gridDim.x + blockIdx.x), team(number_of(t, T::kTeams)) {}
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
     if (after >= 0) index = T::kFinders ? take(p) : after;
-    if (!cursor.find(p, index, T::kBlockM, alike)) return false;
+    if (!cursor.find(p, index, T::kBlockM, false)) return false;
     after = T::kFinders ? 0 : take(p);
     p.taker[index] = team;
-    set_work<T>(p, cursor.tile, work, alike);
+    set_work<T>(p, cursor.tile, work);
     return true;
   }
   FC_DEVICE static int take(const FwdParams& p) {
@@ -86,24 +83,17 @@ template <class T>
 struct TakenBefore {
   TileCursor cursor;
   int index = 0, team;
-  bool alike;
 
-  FC_DEVICE TakenBefore(const FwdParams&, int t, bool alike)
-      : team(number_of(t, T::kTeams)), alike(alike) {}
+  FC_DEVICE explicit TakenBefore(int t) : team(number_of(t, T::kTeams)) {}
 
   FC_DEVICE bool next(const FwdParams& p, Work& work) {
-    while (cursor.find(p, index, T::kBlockM, alike))
+    while (cursor.find(p, index, T::kBlockM, false))
       if (p.taker[index++] == team) {
-        set_work<T>(p, cursor.tile, work, alike);
+        set_work<T>(p, cursor.tile, work);
         return true;
       }
     return false;
   }
 };
-
-template <class T>
-using Tiles = std::conditional_t<T::kLists, TakenTiles<T>, DealtTiles<T>>;
-template <class T>
-using TilesAgain = std::conditional_t<T::kLists, TakenBefore<T>, DealtTiles<T>>;
 
 }  // namespace flashcore::sm90::fwd
