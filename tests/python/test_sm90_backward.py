@@ -351,6 +351,103 @@ def test_a_row_that_only_a_sink_sees_does_not_look_at_dout():
     assert_same_bits(call.run(deterministic=True), clean)
 
 
+# ---- 80 queries a step --------------------------------------------------------------------------
+
+MANY = Case("many tiles", dtype="bf16", b=3, q=150, k=300, h=(50, 50), d=128)
+
+
+def assert_80_queries(call: Call) -> None:
+    t = call.tensors
+    plan = fc.explain(t["q"], t["k"], t["v"], direction="backward", **call.options)
+    assert "-80x128" in plan.kernel
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        MANY,
+        MANY.but(dtype="f16", q=479, h=(100, 50)),
+        MANY.but(d=104, lengths_q=(60, 150, 0), lengths_k=(1, 300, 200)),
+        MANY.but(d=120, dv=120, sinks=True, strides="sliced"),
+        MANY.but(packed_q=(80, 0, 81, 1, 479), packed_k=(300, 7, 129, 64, 200)),
+    ],
+    ids=str,
+)
+def test_80_queries_a_step(case):
+    assert_80_queries(Call(case))
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_80_queries_add_to_gradients_and_write_nothing_around_them(dtype):
+    call = Call(MANY.but(d=104))
+    assert_80_queries(call)
+    plain, into, rooms = call.run(), {}, {}
+    for name in "qkv":
+        b, s, h, d = call.tensors[name].shape
+        rooms[name] = torch.full((b, s + 2, h + 2, d + 8), 7.0, device="cuda", dtype=dtype)
+        into["d" + name] = rooms[name][:, 1:-1, 1:-1, :d]
+    call.run(accumulate=True, **into)
+    for name, want in zip("qkv", plain):
+        error = (into["d" + name].float() - 7 - want.float()).abs().max().item()
+        assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+        into["d" + name].fill_(7.0)
+        assert (rooms[name] == 7).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_poison_in_the_padding_reaches_no_step_of_80_queries(poison):
+    lengths_q, lengths_k = (150, 37, 80), (300, 129, 2)
+    call = Call(MANY.but(lengths_q=lengths_q, lengths_k=lengths_k))
+    assert_80_queries(call)
+    for b in range(3):
+        call.poison("q", (b, slice(lengths_q[b], None)), poison)
+        call.poison("k", (b, slice(lengths_k[b], None)), poison)
+    call.check(call.run())
+
+
+def gradients_in_float64(q, k, v, dout, window):
+    """dq, dk, dv of top-left windows (left, right), by the definition, on the GPU."""
+    q, k, v = (x.double().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    i = torch.arange(q.shape[2], device="cuda")[:, None]
+    j = torch.arange(k.shape[2], device="cuda")
+    seen = (j >= i - window[0]) & (j <= i + window[1])
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -1e30)
+    out = (scores.softmax(-1) * seen) @ v
+    grads = torch.autograd.grad(out, (q, k, v), dout.double().transpose(1, 2))
+    return [g.transpose(1, 2) for g in grads]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("window", [(10**9, 0), (6200, 300)], ids=str)
+@pytest.mark.parametrize("rows,keys", [(6400, 700), (6200, 830)])
+def test_long_tiles_that_a_window_cuts(rows, keys, window, fixed):
+    """Keys that hold NaN reach no row that does not see them, and no other key."""
+    torch.manual_seed(1)
+
+    def random(length):
+        return torch.randn(1, length, 24, 128, device="cuda", dtype=torch.bfloat16)
+
+    def close(got, want, scale):
+        return ((got - want).abs().max() < 0.015 * scale.abs().max()).item()
+
+    q, dout, k, v = random(rows), random(rows), random(keys), random(keys)
+    options = {"window_size": window, "align": "top_left"}
+    assert "-80x128" in fc.explain(q, k, v, direction="backward", **options).kernel
+    out, lse = fc.attention(q, k, v, return_lse=True, **options)[:2]
+    want = gradients_in_float64(q, k, v, dout, window)
+    got = fc.attention_backward(dout, q, k, v, out, lse, deterministic=fixed, **options)
+    for g, w in zip(got, want):
+        assert close(g, w, w)
+    bad = 650  # and the keys behind it; these rows see them:
+    first_row = bad - window[1]
+    k[:, bad:] = v[:, bad:] = NAN
+    got = fc.attention_backward(dout, q, k, v, out, lse, deterministic=fixed, **options)
+    for g, w, good in zip(got, want, (first_row, bad, bad)):
+        assert close(g[:, :good], w[:, :good], w)
+    assert torch.isnan(got.dq[:, first_row:].float()).all()
+
+
 # ---- excluded positions -------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ struct Consumer {
   tile::Ring<T::kStages>& ring;
   tile::Ring<T::kDsBuffers>& ds;  // the buffer of dS that is written next
   typename T::GradientTile &rdK, &rdV;
+  OwnSteps own;
 
   // A step: a query block of a query head of the group. Worked out before the wait that ends the
   // step before it, so that nobody waits for shared memory.
@@ -42,8 +43,19 @@ struct Consumer {
 
   FC_DEVICE Step step_at(int head, int m) const {
     return {head, m, work().masked(m),
-            m + work().stride == work().end && head + 1 == first_head() + p.group, false};
+            m + work().stride == (T::kPassesOver ? own.end : work().end) &&
+                head + 1 == first_head() + p.group,
+            false};
   }
+  FC_DEVICE OwnSteps find_own() const {
+    Work const& w = work();
+    int const key = T::first_key(index, rank);
+    if (!T::kPassesOver || p.group > 1) return {w.begin, w.end};
+    return OwnSteps::of(w, T::kBlockM, w.window_first + key, w.window_last + key + 63);
+  }
+  FC_DEVICE bool passes_over_first() const { return T::kPassesOver && own.begin != work().begin; }
+  FC_DEVICE bool passes_over_last() const { return T::kPassesOver && own.end != work().end; }
+
   FC_DEVICE int first_head() const { return work().kv_head * p.group; }
   // The step whose Q is in the ring's stage, or the n-th before it.
   FC_DEVICE Step noted(int before = 0) const {
@@ -55,7 +67,7 @@ struct Consumer {
   // With block lists, the ring must be at that step, and have waited for it.
   FC_DEVICE Step first_step() const {
     if constexpr (T::kLists) return noted();
-    return step_at(first_head(), work().begin);
+    return step_at(first_head(), T::kPassesOver ? own.begin : work().begin);
   }
   FC_DEVICE Step step_after(Step s) const {
     if constexpr (T::kLists) return noted();

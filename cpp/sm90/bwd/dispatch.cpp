@@ -82,6 +82,28 @@ int64_t most_tiles(const BwdConfig& c, const Problem& p) {
                                           : p.batch * ceil_div<int64_t>(p.seqlen_k, c.block_n));
 }
 
+// Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
+// no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
+// is in use at a time. Clusters took longer.
+bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
+  constexpr int64_t kBytes = int64_t{36} << 20;
+  constexpr int kTiles = 4;
+  if (p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || p.q_blocks ||
+      c.cluster() > 1 || p.seqlen_k > kTiles * c.block_n)
+    return false;
+  int64_t const pairs = p.batch * p.num_heads_kv;
+  int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
+                        ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+  return pairs >= processors && round_up<int64_t>(pairs, processors) * 9 <= pairs * 10 &&
+         bytes <= (p.window.open() ? kBytes : 2 * kBytes);
+}
+
+// Whether a block takes all key tiles of a head.
+bool takes_whole_heads(const BwdConfig& c, const Problem& p) {
+  int const processors = cuda::devices()[p.device_id].multiprocessors;
+  return (p.deterministic && c.lists) || p.seqlen_k <= c.block_n || short_heads(c, p, processors);
+}
+
 std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
   if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
@@ -97,6 +119,22 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
     bool const unlike = !p.window.open() && ceil_div<int64_t>(p.seqlen_q, c.block_m) >= kLong;
     int64_t const most = cuda::devices()[p.device_id].multiprocessors / (unlike ? 1 : 2);
     if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
+  }
+  if (c.transposed_dq()) {
+    if (takes_whole_heads(c, p)) return "leaves dQ to a launch of its own";
+    if (most_tiles(c, p) <= cuda::devices()[p.device_id].multiprocessors)
+      return "is for more tiles than there are multiprocessors";
+    // A step saves some 4 % of the same rows in blocks of 64. That is lost where a length does not
+    // fill the last block, and where a mask cuts tiles, unless many rows see them. How long packed
+    // sequences are at most is the caller's word, which must not change the order of a sum.
+    constexpr int64_t kLong = 6144;
+    int64_t const rows =
+        p.cu_seqlens_q ? ceil_div<int64_t>(p.total_q, max_of<int64_t>(1, p.batch)) : p.seqlen_q;
+    if (!p.window.open() && min_of(rows, p.window.left) < kLong)
+      return text("is for keys that ", kLong, " rows see where there is a window");
+    if (!p.cu_seqlens_q &&
+        round_up<int64_t>(rows, c.block_m) * 25 > round_up<int64_t>(rows, 64) * 26)
+      return text("is for lengths that blocks of ", c.block_m, " rows fill");
   }
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
     return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
@@ -145,29 +183,13 @@ struct Division {
   int64_t minus_lse, minus_delta, lse_parts, delta_parts, redo_keys, redo_queries, taken, turns,
       order, bytes;
 
-  // Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
-  // no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
-  // is in use at a time. Clusters took longer.
-  static bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
-    constexpr int64_t kBytes = int64_t{36} << 20;
-    constexpr int kTiles = 4;
-    if (p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || p.q_blocks ||
-        c.cluster() > 1 || p.seqlen_k > kTiles * c.block_n)
-      return false;
-    int64_t const pairs = p.batch * p.num_heads_kv;
-    int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
-                          ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-    return pairs >= processors && round_up<int64_t>(pairs, processors) * 9 <= pairs * 10 &&
-           bytes <= (p.window.open() ? kBytes : 2 * kBytes);
-  }
-
   Division(const BwdConfig& c, const Problem& p) {
     head_blocks = query_blocks(p, p.total_q, c.block_m);
     n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
     pairs = p.batch * p.num_heads_kv;
     tiles = most_tiles(c, p);
     int const processors = cuda::devices()[p.device_id].multiprocessors;
-    whole_heads = (p.deterministic && c.lists) || n_blocks <= 1 || short_heads(c, p, processors);
+    whole_heads = takes_whole_heads(c, p);
     ordered = p.deterministic && !whole_heads;
     // In a fixed order, so that nobody waits for who waits; and where the host does not know what
     // tiles cost: 12 % of a packed batch of unlike lengths.

@@ -55,8 +55,8 @@ FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int part, int hea
 // What the consumer keeps of a product.
 template <class T>
 FC_DEVICE void take_dq(typename T::DqTile& dq, const typename T::DqProduct& product, int part) {
-  constexpr int kCount = T::Dq::kCols / 2;
-  constexpr bool kHalf = T::Dq::kProductCols > T::Dq::kCols;
+  constexpr int kCount = 4 * T::Dq::quads(0);
+  constexpr bool kHalf = T::Dq::kProductCols > 2 * kCount;
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     dq[i] = kHalf && T::Dq::kept(part) > 0 ? product[i + kCount] : product[i];
@@ -68,26 +68,30 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
                       float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(part) - kFirst;
-  if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
-    add_dq<T>(sums, dq, quads);
-  } else if (m >= work.complete) {
-    set_dq<T>(sums, dq, quads);
+  if constexpr (T::Dq::kTransposed) {
+    add_dq<T>(sums, dq, quads);  // never of whole heads
   } else {
-    if (m < work.fresh) add_sums(dq, sums, quads);
-    if (p.redo_queries && broken(dq)) {
-      int const thread = thread_index() - 128;
-      if (thread % 32 == 0) {
-        *redo_queries(p, work, head, m,
-                      thread / 32 * 2 + (T::kByCluster ? T::rank_of(part) : kFirst > 0)) = 1;
-        redo[thread / 32] = true;
+    if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
+      add_dq<T>(sums, dq, quads);
+    } else if (m >= work.complete) {
+      set_dq<T>(sums, dq, quads);
+    } else {
+      if (m < work.fresh) add_sums(dq, sums, quads);
+      if (p.redo_queries && broken(dq)) {
+        int const thread = thread_index() - 128;
+        if (thread % 32 == 0) {
+          *redo_queries(p, work, head, m,
+                        thread / 32 * 2 + (T::kByCluster ? T::rank_of(part) : kFirst > 0)) = 1;
+          redo[thread / 32] = true;
+        }
+        return;
       }
-      return;
+      int const row = m * T::kBlockM + T::Dq::row(part);
+      int const col = T::Dq::col(part) + 8 * kFirst;
+      store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head,
+                                      int64_t{work.q_begin} + row, work.seqlen_q - row,
+                                      work.written_q - row, col, p.head_dim - col);
     }
-    int const row = m * T::kBlockM + T::Dq::row(part);
-    int const col = T::Dq::col(part) + 8 * kFirst;
-    store_rows<typename T::Element>(p.dq, p.accumulate, dq, p.scale, work.batch, head,
-                                    int64_t{work.q_begin} + row, work.seqlen_q - row,
-                                    work.written_q - row, col, p.head_dim - col);
   }
 }
 

@@ -18,13 +18,16 @@ template <int kBlockM, int kHeadDim, int kConsumers>
 struct DqLayout {
   static constexpr int kThreads = 128 * kConsumers;
   static constexpr bool kByRows = kBlockM == 128;
-  static_assert(kByRows || kBlockM == 64);
+  static constexpr bool kTransposed = kBlockM % 64 != 0;
+  static_assert(kByRows || kBlockM == 64 || (kTransposed && kHeadDim == 64 * kConsumers));
   // Of the first consumer.
   static constexpr int kShare = kHeadDim / kConsumers;
   static constexpr int kCols = kByRows                    ? kHeadDim
                                : kPanelCols % kShare == 0 ? kShare
                                                           : round_up(kShare, kPanelCols);
-  static constexpr int kProductCols = kByRows ? kCols : max_of(kCols, kPanelCols);
+  static constexpr int kProductCols = kTransposed ? kBlockM
+                                      : kByRows   ? kCols
+                                                  : max_of(kCols, kPanelCols);
   static_assert(kProductCols <= 2 * kCols);
   static constexpr bool kEven = kByRows || kHeadDim == kConsumers * kCols;
 
@@ -35,13 +38,20 @@ struct DqLayout {
   static FC_HD constexpr int panel(int consumer) { return col(consumer) / kPanelCols; }
   static FC_HD constexpr int kept(int consumer) { return col(consumer) % kPanelCols; }
 
-  // A thread holds a quad of floats per 8 columns: two each of its two rows.
+  // Which element of the query block is at `c` of what the consumer keeps.
+  static FC_HD constexpr Coord at(int consumer, Coord c) {
+    if (kTransposed) return {c.col, col(consumer) + c.row};
+    return {row(consumer) + c.row, col(consumer) + c.col};
+  }
+
+  // A thread holds a quad of floats per 8 columns of what is kept: two each of its two rows.
   static FC_HD constexpr int quads(int consumer) {
+    if (kTransposed) return kBlockM / 8;
     return kEven || consumer == 0 ? kCols / 8 : (kHeadDim - kCols) / 8;
   }
   // Where the quads of a consumer thread begin in memory, in floats; quad i is 128 * i further.
   static FC_HD constexpr int offset(int thread) {
-    if (kEven) return thread / 32 * (16 * kCols) + thread % 32 * 4;
+    if (kEven) return thread / 32 * (128 * quads(0)) + thread % 32 * 4;
     int const consumer = thread / 128;
     return consumer * 64 * kCols + thread % 128 / 32 * 128 * quads(consumer) + thread % 32 * 4;
   }

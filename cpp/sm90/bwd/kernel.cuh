@@ -279,7 +279,8 @@ struct Kernel {
       auto &rdK = gradients[0], &rdV = gradients[T::kByKeys ? 1 : 0];
 #pragma unroll
       for (int i = 0; i < T::kHeadDim / 2; ++i) rdK[i] = rdV[i] = 0.0f;
-      Consumer<T> const c{p, sh, consumer, rank, tiles.stage, ring, ds, rdK, rdV};
+      Consumer<T> c{p, sh, consumer, rank, tiles.stage, ring, ds, rdK, rdV, {}};
+      if constexpr (T::kPassesOver) c.own = c.find_own();
       if constexpr (T::kByQueries)
         tile_by_queries(c, parity, sums_parity);
       else if constexpr (T::kByKeys)
@@ -424,7 +425,7 @@ struct Kernel {
           for (int half = T::kByCluster ? rank : 0; half < (T::kByCluster ? rank + 1 : 2); ++half)
             if (*redo_queries(p, work, head, m, warp * 2 + half)) {
               int const from = col + (T::kByCluster ? 0 : half * T::kDqPutCols);
-              Repair::dq_rows(p, work.batch, head, m * T::kBlockM + row, from,
+              Repair::dq_rows(p, work.batch, head, m * T::kBlockM + row, 16, from,
                               min_of(from + T::kDqPutCols, p.head_dim));
             }
     }

@@ -9,7 +9,7 @@ namespace flashcore::sm90::bwd {
 constexpr int kPreprocessThreads = 256;
 // On a multiprocessor at once: a thread keeps 2 * block_m * head_dim_v / 256 elements on their way.
 template <class T>
-constexpr int kPreprocessBlocks = T::kBlockM * T::kPanelsV > 128 ? 2 : 4;
+constexpr int kPreprocessBlocks = T::kBlockM * T::kPanelsV > 160 ? 2 : 4;
 
 // True if a key tile visits the query block. Every thread of the block must call it.
 template <class T>

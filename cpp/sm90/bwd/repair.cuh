@@ -154,11 +154,11 @@ struct Repair {
     }
     store(p, p.dq, dq, p.scale, batch, head, seq.q_begin + i, first, last);
   }
-  // Those of 16 rows from `row` on that are to be written; those of padding are zero.
-  FC_DEVICE static void dq_rows(const BwdParams& p, int batch, int head, int row, int first,
-                                int last) {
+  // Those of `rows` rows from `row` on that are to be written; those of padding are zero.
+  FC_DEVICE static void dq_rows(const BwdParams& p, int batch, int head, int row, int rows,
+                                int first, int last) {
     tile::Sequence const seq = tile::sequence_of(p, batch);
-    for (int64_t i = row; i < row + 16; ++i) {
+    for (int64_t i = row; i < row + rows; ++i) {
       if (i < seq.seqlen_q)
         dq_row(p, seq, batch, head, i, first, last);
       else if (!p.cu_seqlens_q && i < p.seqlen_q)

@@ -25,6 +25,12 @@ struct StepsByKeys {
   FC_DEVICE static Step run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
     if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
+    bool first = true;
+    if (c.passes_over_first()) {
+      pass_over(c);
+      if (c.index == 0) named_barrier_arrive(T::kHeadStart, T::kConsumerThreads);
+      first = false;
+    }
     issue_s(c, rS);
     wait_dout(c);
     wgmma_wait<0>();
@@ -32,7 +38,6 @@ struct StepsByKeys {
     c.sh.v_ready.wait(parity ^ 1);
 
     Step at = c.first_step();
-    bool first = true;
     while (!at.last) {
       at = step<true>(c, rS, rdP, at, first);
       first = false;
@@ -43,17 +48,37 @@ struct StepsByKeys {
     return at;
   }
   FC_DEVICE static void finish(const Consumer& c, Step at) {
-    typename T::DqProduct rdQ;
-    wait_ds(c);
-    issue_dq(c, rdQ);
-    wgmma_wait<0>();
-    pin(rdQ);
-    c.release(c.sh.ds_free[c.ds.stage ^ 1]);
-    put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ,
-        c.ds.stage ^ 1);
+    for (bool more = c.passes_over_last();; more = false) {
+      typename T::DqProduct rdQ;
+      wait_ds(c);
+      issue_dq(c, rdQ);
+      wgmma_wait<0>();
+      pin(rdQ);
+      c.release(c.sh.ds_free[c.ds.stage ^ 1]);
+      put(c, at.head, at.m, dq_sums<T, 0>(c.p, c.work(), c.index, at.head, at.m), rdQ,
+          c.ds.stage ^ 1);
+      if (!T::kPassesOver || !more) break;
+      pass_over(c);
+      at.m += c.work().stride;
+    }
   }
 
  private:
+  // A step of which this consumer's dS is zero.
+  FC_DEVICE static void pass_over(const Consumer& c) {
+    int const stage = c.ring.stage;
+    c.sh.q_ready[stage].wait(c.ring.parity);  // or their phases would be taken for the next ones
+    c.sh.dout_ready[stage].wait(c.ring.parity);
+    c.sh.ds_free[c.ds.stage].wait(c.ds.parity ^ 1);
+    typename T::ProbTile const zeros = {};
+    store_transposed(c.sh.ds[c.ds.stage] + c.index * T::kBlockM * kPanelBytes, zeros, 0);
+    fence_async_shared();
+    c.release(c.sh.ds_ready[c.ds.stage]);
+    c.ds.advance();
+    c.ring.advance();
+    c.release(c.sh.free[stage]);
+  }
+
   // Issues S^T - lse / scale and dP^T - delta for the ring's stage; with terms, S^T and dP^T.
   FC_DEVICE static void issue_s(const Consumer& c, typename T::ScoreTile& rS) {
     int const stage = c.ring.stage;
@@ -85,10 +110,13 @@ struct StepsByKeys {
   // Issues its dQ.
   FC_DEVICE static void issue_dq(const Consumer& c, typename T::DqProduct& rdQ) {
     int const buffer = c.ds.stage ^ 1;
+    const char* const columns = c.k() + T::Dq::panel(c.index) * T::kBlockN * kPanelBytes;
     wgmma_fence();
-    gemm_ab<Element, T::Dq::kProductCols, T::kBlockN, T::kBlockM>(
-        rdQ, c.sh.ds[buffer] + T::Dq::row(c.index) * kPanelBytes,
-        c.k() + T::Dq::panel(c.index) * T::kBlockN * kPanelBytes);
+    if constexpr (T::Dq::kTransposed)
+      gemm_atbt<Element, T::kBlockM, T::kBlockN>(rdQ, columns, c.sh.ds[buffer]);
+    else
+      gemm_ab<Element, T::Dq::kProductCols, T::kBlockN, T::kBlockM>(
+          rdQ, c.sh.ds[buffer] + T::Dq::row(c.index) * kPanelBytes, columns);
     wgmma_commit();
   }
   FC_DEVICE static void put(const Consumer& c, int head, int m, float* sums,

@@ -29,6 +29,27 @@ FC_DEVICE void put_pair<float>(float* to, float x, float y, bool add) {
   *at = {x + old.x, y + old.y};
 }
 
+// Eight neighbours of a row times scale, in either dtype, set or added. scale 0: zeros, whatever
+// they are.
+template <class Element>
+FC_DEVICE void store_chunk(const Matrix& m, bool add, float (&x)[8], float scale, int batch,
+                           int head, int64_t row, int col) {
+#pragma unroll
+  for (float& element : x) element = scale == 0.0f ? 0.0f : element * scale;
+  if (!m.f32 && !add) {
+    *reinterpret_cast<uint4*>(row_address<Element>(m, batch, head, row, col)) = {
+        pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]),
+        pack<Element>(x[6], x[7])};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i += 2)
+    if (m.f32)
+      put_pair(row_address<float>(m, batch, head, row, col + i), x[i], x[i + 1], add);
+    else
+      put_pair(row_address<Element>(m, batch, head, row, col + i), x[i], x[i + 1], add);
+}
+
 // A 64 x N accumulator times scale, written as it lies: pairs of neighbours.
 template <class Out, int N>
 FC_DEVICE void store_pairs(const Matrix& m, bool add, const float (&x)[N], float scale, int batch,

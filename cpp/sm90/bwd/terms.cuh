@@ -31,7 +31,6 @@ struct PlainScores {
   FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N],
                                   Step at, int query, const typename T::Stat*) {
     differentiate(dp, s);
-    if (at.masked) exclude(dp, c.keys(at), query, 0.0f);
   }
 };
 

@@ -41,6 +41,8 @@ struct Traits {
   // Of dK and dV a consumer keeps 64 keys; or it keeps the one or the other.
   static constexpr bool kByKeys = kConfig.by_keys();
   static constexpr bool kByCluster = kConfig.by_cluster();
+  // Consumers pass over blocks of queries that see none of their keys.
+  static constexpr bool kPassesOver = kByKeys && kBlockM < 128 && !kTerms && !kLists && !kByQueries;
   // Of the tile, a consumer's.
   static FC_HD constexpr int first_key(int consumer, int rank) {
     return 64 * (kByKeys ? consumer : rank);
@@ -122,7 +124,7 @@ struct Traits {
   using ProbTile = uint32_t[kScoreQueries / 4];   // P^T, dS^T: the same, packed to 16 bits
   using GradientTile = float[kHeadDim / 2];       // dK, dV: 64 x kHeadDim (dV at most)
   using DqProduct = float[Dq::kProductCols / 2];  // dQ, as the product leaves it
-  using DqTile = float[Dq::kCols / 2];            // and what the consumer keeps of it
+  using DqTile = float[4 * Dq::quads(0)];         // and what the consumer keeps of it
 };
 
 }  // namespace flashcore::sm90::bwd

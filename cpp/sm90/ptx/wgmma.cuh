@@ -97,6 +97,24 @@ FC_DEVICE void gemm_ab(float (&c)[N / 2], const void* a, const void* b) {
   }
 }
 
+// C (64 x N) = A^T B^T. A: kDepth rows of one panel, MN-major; B: rows_b x kDepth panels, from its
+// first row, K-major. Both in shared memory.
+template <class T, int N, int kDepth>
+FC_DEVICE void gemm_atbt(float (&c)[N / 2], const void* a, const void* b) {
+  uint64_t const da = mn_major_descriptor(kDepth) | descriptor_address(a);
+  uint64_t const db = k_major_descriptor() | descriptor_address(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    int const panel = k / 4, step = k % 4;
+    uint64_t const a_k = da + ((k * 16 * kPanelBytes) >> 4);
+    uint64_t const b_k = db + ((panel * N * kPanelBytes + step * 32) >> 4);
+    if (k == 0)
+      Wgmma<T, N>::template ss_first<1, 0>(c, a_k, b_k);
+    else
+      Wgmma<T, N>::template ss<1, 0>(c, a_k, b_k);
+  }
+}
+
 // C (64 x N) += A^T B. A: kDepth rows of one panel; B: kDepth rows, from the panel of its first
 // column on. Both MN-major, in shared memory.
 template <class T, int N, int kDepth>

@@ -61,7 +61,7 @@ TEST("a window of rows holds the sequence's rows, from its first on, and zeros b
 
 TEST("packed sequences do not share a query block, and every block finds its own") {
   std::mt19937 random(1);
-  for (int block_m : {64, 128})
+  for (int block_m : {64, 80, 128})
     for (int trial = 0; trial < 300; ++trial) {
       std::vector<int> const lengths = random_lengths(random, 400);
       std::vector<int32_t> const cu = sums(lengths);
@@ -179,17 +179,16 @@ void check_dq_layout() {
   for (int thread = 0; thread < Dq::kThreads; ++thread) {
     int const consumer = thread / 128;
     CHECK_EQ(Dq::panel(consumer) * kPanelCols + Dq::kept(consumer), Dq::col(consumer));
-    CHECK(Dq::quads(consumer) <= Dq::kCols / 8);
+    CHECK(Dq::quads(consumer) <= Dq::quads(0));
     CHECK(Dq::kept(consumer) + 8 * Dq::quads(consumer) <= Dq::kProductCols);
     CHECK_EQ(Dq::offset(thread) % 4, 0);
     for (int quad = 0; quad < Dq::quads(consumer); ++quad) {
       // A warp's quads lie side by side.
       CHECK_EQ(Dq::offset(thread) - Dq::offset(thread / 32 * 32), thread % 32 * 4);
       for (int i = 0; i < 4; ++i) {
-        Coord const c = accumulator_coord(thread % 128, 4 * quad + i);
-        int const row = Dq::row(consumer) + c.row, col = Dq::col(consumer) + c.col;
-        CHECK(row < kBlockM && col < kHeadDim);
-        CHECK(elements.insert({row, col}).second);
+        Coord const c = Dq::at(consumer, accumulator_coord(thread % 128, 4 * quad + i));
+        CHECK(c.row < kBlockM && c.col < kHeadDim);
+        CHECK(elements.insert({c.row, c.col}).second);
         CHECK(places.insert(Dq::offset(thread) + 128 * quad + i).second);
       }
     }
@@ -230,6 +229,7 @@ TEST("the consumers' parts of dQ are the tile, and its sums fill their memory") 
   check_dq_layout<64, 128>();
   check_dq_layout<64, 192>();
   check_dq_layout<64, 256>();
+  check_dq_layout<80, 128>();     // transposed
   check_dq_layout<64, 128, 4>();  // of two blocks
   check_dq_layout<64, 256, 4>();
 }

@@ -63,8 +63,15 @@ struct Backward : Machine {
 
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
+  // Of all tiles: which consumer sees nothing of the first step, and of the last; -1: both see
+  // some.
+  struct Passed {
+    int first = -1, last = -1;
+  };
+
   // real_steps[t]: steps of tile t; may be 0. tiles_of_k: whose K is there; by gradient one.
-  Backward(Steps kind, std::vector<int> const& real_steps, With with, int tiles_of_k = 1) {
+  Backward(Steps kind, std::vector<int> const& real_steps, With with, int tiles_of_k = 1,
+           Passed passed = {}) {
     std::vector<int> steps{0};  // the rehearsal
     steps.insert(steps.end(), real_steps.begin(), real_steps.end());
     bool const ordered = with == With::turns, lists = with == With::lists;
@@ -82,7 +89,7 @@ struct Backward : Machine {
     rehearse();
     programs.push_back(producer(steps, lists, tiles_of_k));
     for (int w = 0; w < kWarps; ++w)
-      programs.push_back(Warp{kind, w, ordered, tiles_of_k}.program(steps));
+      programs.push_back(Warp{kind, w, ordered, tiles_of_k, passed}.program(steps));
     if (ordered)
       for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer, tiles_of_k));
     if (lists) programs.push_back(finder(static_cast<int>(steps.size())));
@@ -198,6 +205,7 @@ struct Backward : Machine {
     int index;
     bool ordered;
     int slots;  // tiles whose K is there
+    Passed passed;
     Program out{};
     Ring<kStages> ring = Ring<kStages>::consumer();
     Ring<2> parts = Ring<2>::consumer();  // the buffer of dS that is written next
@@ -287,13 +295,33 @@ struct Backward : Machine {
     std::vector<Read> dq_of(int t, int i) const {
       return join({{{k + t % slots, value(t, 0, 0)}}, all(ds, parts.stage ^ 1, value(t, i, 4))});
     }
+    // The steps of a tile that this consumer takes: all but those it passes over; one at least.
+    int first_step(int steps) const { return steps > 1 && passed.first == index / (kWarps / 2); }
+    int steps_end(int steps) const {
+      bool const all = passed.last != index / (kWarps / 2) || first_step(steps) + 1 == steps;
+      return all ? steps : steps - 1;
+    }
+    void pass_over(int t, int i) {
+      int const stage = ring.stage;
+      wait(q_ready(stage), ring.parity);
+      wait(dout_ready(stage), ring.parity);
+      wait(ds_free + parts.stage, parts.parity ^ 1);
+      write(ds(parts.stage, index), value(t, i, 4));
+      arrive(ds_ready + parts.stage);
+      parts.advance();
+      ring.advance();
+      arrive(free_(stage));
+    }
     void last_dq(int t, int steps) {
-      wait_ds();
-      auto const dq = dq_of(t, steps - 1);
-      begin(dq);
-      end(dq);
-      arrive(ds_free + (parts.stage ^ 1));
-      add(t, steps - 1, static_cast<uint32_t>(parts.stage ^ 1));
+      for (int i = steps_end(steps) - 1; i < steps; ++i) {
+        wait_ds();
+        auto const dq = dq_of(t, i);
+        begin(dq);
+        end(dq);
+        arrive(ds_free + (parts.stage ^ 1));
+        add(t, i, static_cast<uint32_t>(parts.stage ^ 1));
+        if (i + 1 < steps) pass_over(t, i + 1);
+      }
     }
 
     void steps_by_keys(int t, int steps, uint32_t parity) {
@@ -309,11 +337,16 @@ struct Backward : Machine {
       bool const ahead = index < kWarps / 2;
       if (!ahead) wait(head_start, tiles_begun % 2);
       ++tiles_begun;
-      end(score(0));
+      int const begun = first_step(steps), end_of_steps = steps_end(steps);
+      if (begun > 0) {
+        pass_over(t, 0);
+        if (ahead) arrive(head_start);
+      }
+      end(score(begun));
       wait(dout_ready(ring.stage), ring.parity);
       wait(v_ready, parity);
-      for (int i = 0; i < steps; ++i) {
-        bool const first = i == 0, next = i + 1 < steps;
+      for (int i = begun; i < end_of_steps; ++i) {
+        bool const first = i == 0, next = i + 1 < end_of_steps;
         int const stage = ring.stage;
         auto const dp = join({sV, sdO(i)}), dv = sdO(i), dk = sQ(i);
         begin(dp);
@@ -411,7 +444,11 @@ void play(Steps kind, std::mt19937& random) {
     bool const can = kind == Steps::by_keys || kStages == 3;
     With const with[] = {With::nothing, With::lists, can ? With::turns : With::nothing};
     int const tiles_of_k = kind == Steps::by_keys ? 1 + trial / 3 % 2 : 1;
-    Backward<kStages> machine(kind, steps, with[trial % 3], tiles_of_k);
+    auto const consumer = [&] { return std::uniform_int_distribution<int>(-1, 1)(random); };
+    bool const passes = kind == Steps::by_keys && with[trial % 3] != With::lists;
+    typename Backward<kStages>::Passed passed;
+    if (passes) passed = {consumer(), consumer()};
+    Backward<kStages> machine(kind, steps, with[trial % 3], tiles_of_k, passed);
     CHECK(machine.run(random));
   }
 }
@@ -467,6 +504,20 @@ TEST("the model notices V that is fetched while a gradient is still on its way t
           return machine;
         },
         random));
+}
+
+TEST("the model notices a consumer that passes over the first step and lets nobody begin") {
+  std::mt19937 random(5);
+  CHECK(caught(
+      [] {
+        Backward<2> machine(Steps::by_keys, {3}, With::nothing, 1, {0, -1});
+        for (Program& program : machine.programs)
+          std::erase_if(program, [](Op const& op) {
+            return op.kind == Op::arrive && op.barrier == Backward<2>::head_start;
+          });
+        return machine;
+      },
+      random));
 }
 
 TEST("the model notices a stage released before dK has read it") {
