@@ -418,34 +418,56 @@ def gradients_in_float64(q, k, v, dout, window):
     return [g.transpose(1, 2) for g in grads]
 
 
+LONG = [(6400, 700), (6200, 830)]  # rows, keys
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("window", [(10**9, 0), (6200, 300)], ids=str)
-@pytest.mark.parametrize("rows,keys", [(6400, 700), (6200, 830)])
-def test_long_tiles_that_a_window_cuts(rows, keys, window, fixed):
+@pytest.mark.parametrize("lengths", [LONG[:1], LONG[1:], LONG], ids=str)
+def test_long_tiles_that_a_mask_cuts(lengths, window, fixed):
     """Keys that hold NaN reach no row that does not see them, and no other key."""
     torch.manual_seed(1)
+    total_q, total_k = (sum(n) for n in zip(*lengths))
 
     def random(length):
-        return torch.randn(1, length, 24, 128, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(length, 24, 128, device="cuda", dtype=torch.bfloat16)
 
     def close(got, want, scale):
         return ((got - want).abs().max() < 0.015 * scale.abs().max()).item()
 
-    q, dout, k, v = random(rows), random(rows), random(keys), random(keys)
-    options = {"window_size": window, "align": "top_left"}
+    q, dout, k, v = random(total_q), random(total_q), random(total_k), random(total_k)
+    bounds = ([0, lengths[0][i], sum(n[i] for n in lengths)][: len(lengths) + 1] for i in (0, 1))
+    cu_q, cu_k = (torch.tensor(b, dtype=torch.int32, device="cuda") for b in bounds)
+    options = {"window_size": window, "align": "top_left", "cu_seqlens_q": cu_q}
+    options |= {"cu_seqlens_k": cu_k, "max_seqlen_q": 6400, "max_seqlen_k": 830}
     assert "-80x128" in fc.explain(q, k, v, direction="backward", **options).kernel
     out, lse = fc.attention(q, k, v, return_lse=True, **options)[:2]
-    want = gradients_in_float64(q, k, v, dout, window)
-    got = fc.attention_backward(dout, q, k, v, out, lse, deterministic=fixed, **options)
-    for g, w in zip(got, want):
-        assert close(g, w, w)
-    bad = 650  # and the keys behind it; these rows see them:
+    bad = 650  # of each sequence, and the keys behind it; rows see them from this one on:
     first_row = bad - window[1]
-    k[:, bad:] = v[:, bad:] = NAN
-    got = fc.attention_backward(dout, q, k, v, out, lse, deterministic=fixed, **options)
-    for g, w, good in zip(got, want, (first_row, bad, bad)):
-        assert close(g[:, :good], w[:, :good], w)
-    assert torch.isnan(got.dq[:, first_row:].float()).all()
+
+    def check(poisoned, **more):
+        got = fc.attention_backward(dout, q, k, v, out, lse, deterministic=fixed, **options, **more)
+        before = 1.0 if more else 0.0
+        for b, want in enumerate(wanted):
+            ends = (first_row, bad, bad) if poisoned else (None,) * 3
+            for g, cu, w, end in zip(got, (cu_q, cu_k, cu_k), want, ends):
+                assert close(g[cu[b] : cu[b + 1]][:end] - before, w[:end], w)
+            if poisoned:
+                assert torch.isnan(got.dq[cu_q[b] + first_row : cu_q[b + 1]].float()).all()
+
+    wanted = [
+        [
+            g[0]
+            for g in gradients_in_float64(q[i][None], k[j][None], v[j][None], dout[i][None], window)
+        ]
+        for i, j in zip(*([slice(a, b) for a, b in zip(cu, cu[1:])] for cu in (cu_q, cu_k)))
+    ]
+    check(False)
+    for b in range(len(lengths)):
+        k[cu_k[b] + bad : cu_k[b + 1]] = v[cu_k[b] + bad : cu_k[b + 1]] = NAN
+    check(True)
+    into = {"d" + name: torch.ones_like(x).float() for name, x in (("q", q), ("k", k), ("v", v))}
+    check(True, accumulate=True, **into)
 
 
 # ---- excluded positions -------------------------------------------------------------------------
@@ -543,10 +565,14 @@ def test_poison_above_the_diagonal_of_packed_sequences_reaches_nothing():
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_the_bound_of_packed_lengths_changes_nothing(d):
-    call = Call(PACKED.but(d=d, causal=True))
-    loose = call.run(deterministic=True)
-    assert_same_bits(loose, call.run(deterministic=True, max_seqlen_q=193, max_seqlen_k=200))
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(7, 200, 9, 90, 193, 64), (128, 3, 70, 128)], ids=str)
+def test_the_bound_of_packed_lengths_changes_nothing(d, causal, lengths):
+    case = PACKED.but(d=d, causal=causal, packed_q=lengths, packed_k=lengths, h=(60, 30))
+    call, longest = Call(case), max(lengths)
+    loose = call.run(deterministic=True, max_seqlen_q=700, max_seqlen_k=700)
+    tight = call.run(deterministic=True, max_seqlen_q=longest, max_seqlen_k=longest)
+    assert_same_bits(loose, tight)
 
 
 @pytest.mark.parametrize("d", DIMS)

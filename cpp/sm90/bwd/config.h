@@ -43,14 +43,14 @@ struct BwdConfig {
   // For calls whose tiles leave half of the multiprocessors idle, or with a mask which the longest
   // tiles make last twice as long as their share.
   constexpr bool few() const { return divides == Cluster::queries; }
-  // 80 queries a step ask less of shared memory than 64: what K and V are read for. dQ is made
-  // transposed then, 64 columns for each consumer.
-  constexpr bool transposed_dq() const { return block_m == 80; }
+  // A step of 80 queries, whose dQ is made transposed since a product is 64 rows high: per query, S
+  // and dP read less of K and V from shared memory than with 64.
+  constexpr bool transposed_dq() const { return block_m % 64 != 0; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && head_dim == head_dim_v &&
              ((head_dim <= 64 && block_m == 128) || (head_dim <= 128 && block_m == 64) ||
-              (head_dim == 128 && transposed_dq()))) ||
+              (head_dim == 128 && block_m == 80))) ||
             (by_cluster() && keys() == 64 && block_m == 64 && head_dim == 256 &&
              head_dim == head_dim_v) ||
             (by_gradient() && block_m == 64 && head_dim == 192 &&

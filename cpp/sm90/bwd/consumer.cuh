@@ -1,5 +1,6 @@
 // What a consumer knows in the middle of a tile.
 #pragma once
+#include "sm90/bwd/own_steps.h"
 #include "sm90/bwd/scores.cuh"
 #include "sm90/bwd/traits.cuh"
 #include "tile/pipeline.h"
@@ -47,11 +48,12 @@ struct Consumer {
                 head + 1 == first_head() + p.group,
             false};
   }
+  // Where query heads share a key head all blocks are its own: there a block is a step for each
+  // head, and the steps that are passed over would have a dQ to make in between.
   FC_DEVICE OwnSteps find_own() const {
     Work const& w = work();
-    int const key = T::first_key(index, rank);
     if (!T::kPassesOver || p.group > 1) return {w.begin, w.end};
-    return OwnSteps::of(w, T::kBlockM, w.window_first + key, w.window_last + key + 63);
+    return OwnSteps::of(w, T::kBlockM, w.window_first, w.window_last, T::first_key(index, rank));
   }
   FC_DEVICE bool passes_over_first() const { return T::kPassesOver && own.begin != work().begin; }
   FC_DEVICE bool passes_over_last() const { return T::kPassesOver && own.end != work().end; }

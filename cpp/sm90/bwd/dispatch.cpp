@@ -98,10 +98,12 @@ bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
          bytes <= (p.window.open() ? kBytes : 2 * kBytes);
 }
 
-// Whether a block takes all key tiles of a head.
+// Whether a block takes all key tiles of a head. In a fixed order, how long packed sequences are at
+// most, which is the caller's word, must not change the order of a sum.
 bool takes_whole_heads(const BwdConfig& c, const Problem& p) {
   int const processors = cuda::devices()[p.device_id].multiprocessors;
-  return (p.deterministic && c.lists) || p.seqlen_k <= c.block_n || short_heads(c, p, processors);
+  bool const one_tile = p.seqlen_k <= c.block_n && !(p.cu_seqlens_k && p.deterministic);
+  return (p.deterministic && c.lists) || one_tile || short_heads(c, p, processors);
 }
 
 std::string refusal(const Kernel& kernel, const Problem& p) {
@@ -121,17 +123,17 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
     if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
   }
   if (c.transposed_dq()) {
-    if (takes_whole_heads(c, p)) return "leaves dQ to a launch of its own";
+    if (takes_whole_heads(c, p)) return "is for keys of more than one block of threads";
     if (most_tiles(c, p) <= cuda::devices()[p.device_id].multiprocessors)
       return "is for more tiles than there are multiprocessors";
     // A step saves some 4 % of the same rows in blocks of 64. That is lost where a length does not
-    // fill the last block, and where a mask cuts tiles, unless many rows see them. How long packed
-    // sequences are at most is the caller's word, which must not change the order of a sum.
+    // fill the last block, and where a mask cuts tiles, unless many rows see them. Of packed
+    // sequences the mean: the order of a sum must not change with the caller's bound.
     constexpr int64_t kLong = 6144;
     int64_t const rows =
         p.cu_seqlens_q ? ceil_div<int64_t>(p.total_q, max_of<int64_t>(1, p.batch)) : p.seqlen_q;
-    if (!p.window.open() && min_of(rows, p.window.left) < kLong)
-      return text("is for keys that ", kLong, " rows see where there is a window");
+    if (!p.window.open() && min_of(rows, p.window.left + p.window.right) < kLong)
+      return text("is for keys that ", kLong, " rows see, where causal or a window cuts tiles");
     if (!p.cu_seqlens_q &&
         round_up<int64_t>(rows, c.block_m) * 25 > round_up<int64_t>(rows, 64) * 26)
       return text("is for lengths that blocks of ", c.block_m, " rows fill");

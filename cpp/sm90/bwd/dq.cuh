@@ -69,7 +69,7 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(part) - kFirst;
   if constexpr (T::Dq::kTransposed) {
-    add_dq<T>(sums, dq, quads);  // never of whole heads
+    add_dq<T>(sums, dq, quads);  // whole heads have other kernels: dispatch.cpp
   } else {
     if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
       add_dq<T>(sums, dq, quads);

@@ -2,7 +2,8 @@
 // device, constexpr.
 //
 // dQ of a step is one block_m x head_dim tile. A consumer takes 64 rows of it; or, of 64 rows, some
-// columns, and the second consumer what there is left. A product begins with a panel of K, so
+// columns, and the second consumer what there is left; of 80 rows the transpose, 64 columns each
+// that are the product's rows. A product begins with a panel of K, so
 // consumers whose columns are in one panel all compute that, and each keeps its own. The blocks of
 // a cluster share dQ as if their consumers were those of one.
 //

@@ -53,24 +53,4 @@ struct StepOrder {
   FC_HD constexpr int next(int n) const { return n - stride; }
 };
 
-// Of the blocks of a tile's steps those that one consumer takes: [begin, end) in strides. The mask
-// may leave nothing of the first one, or the last, for its keys to see; it passes over that, but
-// takes one block at least.
-struct OwnSteps {
-  int begin, end;
-
-  // Rows [first_row, last_row) of endless ones see some of its keys.
-  static FC_HD constexpr OwnSteps of(StepOrder const& steps, int block_m, int first_row,
-                                     int last_row) {
-    OwnSteps own{steps.begin, steps.end};
-    auto const in_vain = [&](int m) {
-      return own.begin + steps.stride != own.end &&
-             ((m + 1) * block_m <= first_row || m * block_m >= last_row);
-    };
-    if (in_vain(own.begin)) own.begin += steps.stride;
-    if (in_vain(own.end - steps.stride)) own.end -= steps.stride;
-    return own;
-  }
-};
-
 }  // namespace flashcore::sm90::bwd

@@ -29,7 +29,7 @@ struct StoreDq {
 
   // By way of shared memory: a thread then has eight neighbours of a row, and a warp some rows.
   FC_DEVICE void transposed(const typename T::DqTile& dq) const {
-    constexpr int kPadded = T::kHeadDim + 4;  // lanes meet no bank twice
+    constexpr int kPadded = T::kHeadDim + 4;  // lanes that write meet no bank twice
     constexpr int kChunks = T::kHeadDim / 8, kWarpRows = 32 / kChunks;
     __shared__ alignas(16) float tile[T::kBlockM][kPadded];
 #pragma unroll

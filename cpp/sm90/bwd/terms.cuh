@@ -28,8 +28,11 @@ struct PlainScores {
     pack_tile<Element>(packed, s);
   }
   template <int N>
-  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N],
-                                  Step at, int query, const typename T::Stat*) {
+  FC_DEVICE static void gradients(const Consumer<T>& c, float (&dp)[N], const float (&s)[N], Step,
+                                  int, const typename T::Stat*) {
+    // Of what is excluded P is zero, and so is this, but for a NaN in V or dO. Without a mask only
+    // rows and keys past the end are excluded, which arrive as zeros. With one a NaN spreads from
+    // here as it does from Q, K and dO, and is repaired as they are.
     differentiate(dp, s);
   }
 };

@@ -8,6 +8,7 @@
 #include "backward_params.h"
 #include "check.h"
 #include "sm90/bwd/dq_order.h"
+#include "sm90/bwd/own_steps.h"
 #include "sm90/bwd/query_blocks.h"
 
 using namespace flashcore;
@@ -206,8 +207,8 @@ TEST("a consumer passes over blocks of which no row sees its keys, and takes one
       StepOrder steps;
       steps.set_steps(rows, trial % 3 == 0);
       for (int first : {key, key + 64}) {  // of the consumer's keys
-        auto const own = OwnSteps::of(steps, x.block_m, first - seq.band.end + 1,
-                                      first - seq.band.begin + 1 + 63);
+        auto const own = OwnSteps::of(steps, x.block_m, key - seq.band.end + 1,
+                                      key - seq.band.begin + 1, first - key);
         CHECK(own.begin != own.end);
         bool taken = false;
         for (int m = steps.begin; m != steps.end; m += steps.stride) {
