@@ -77,6 +77,7 @@ struct StepsByKeys {
     c.ds.advance();
     c.ring.advance();
     c.release(c.sh.free[stage]);
+    __syncwarp();  // what comes next may be a barrier of whole warps
   }
 
   // Issues S^T - lse / scale and dP^T - delta for the ring's stage; with terms, S^T and dP^T.
