@@ -124,6 +124,8 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   }
   if (c.transposed_dq()) {
     if (takes_whole_heads(c, p)) return "is for keys of more than one block of threads";
+    if (most_tiles(c, p) <= cuda::devices()[p.device_id].multiprocessors)
+      return "is for more tiles than there are multiprocessors";
     // A step saves some 4 % of the same rows in blocks of 64. That is lost where a length does not
     // fill the last block, and where a mask cuts tiles, unless many rows see them. Of packed
     // sequences the mean: the order of a sum must not change with the caller's bound.

@@ -27,28 +27,30 @@ struct StoreDq {
                           valid - row, rows - row, col, p.head_dim - col);
   }
 
-  // A warp has 16 columns of all rows.
+  // By way of shared memory: a thread then has eight neighbours of a row, and a warp some rows.
   FC_DEVICE void transposed(const typename T::DqTile& dq) const {
-    constexpr int kPatches = T::kBlockM / 16;  // of 16 rows
-    int const col = T::Dq::col(threadIdx.x / 128) + threadIdx.x % 128 / 32 * 16;
-    uint32_t redo = 0;
+    constexpr int kPadded = T::kHeadDim + 4;  // lanes that write meet no bank twice
+    constexpr int kChunks = T::kHeadDim / 8, kWarpRows = 32 / kChunks;
+    __shared__ alignas(16) float tile[T::kBlockM][kPadded];
 #pragma unroll
-    for (int i = 0; i < kPatches; ++i) {
+    for (int i = 0; i < 4 * T::Dq::quads(0); ++i) {
+      Coord const c = T::Dq::at(threadIdx.x / 128, accumulator_coord(threadIdx.x % 128, i));
+      tile[c.row][c.col] = dq[i];
+    }
+    __syncthreads();
+    int const col = threadIdx.x % kChunks * 8;
+#pragma unroll 1
+    for (int row = threadIdx.x / kChunks; row < T::kBlockM; row += T::Dq::kThreads / kChunks) {
       float x[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] = dq[8 * i + e];
+      for (int i = 0; i < 8; ++i) x[i] = tile[row][col + i];
       if (p.redo_keys && broken(x))
-        redo |= 1u << i;
-      else
-        store_transposed_patch<Element>(p.dq, p.accumulate, x, p.scale, at.batch, head,
-                                        q_begin + at.row + 16 * i, valid - 16 * i, rows - 16 * i,
-                                        col, p.head_dim - col);
+        Repair<T>::dq_rows(p, at.batch, head, at.row + row / kWarpRows * kWarpRows, kWarpRows, 0,
+                           p.head_dim);
+      else if (row < rows && col < p.head_dim)
+        store_chunk<Element>(p.dq, p.accumulate, x, row < valid ? p.scale : 0.0f, at.batch, head,
+                             q_begin + at.row + row, col);
     }
-#pragma unroll 1
-    for (int i = 0; redo >> i; ++i)
-      if (redo >> i & 1)
-        Repair<T>::dq_rows(p, at.batch, head, at.row + 16 * i, 16, col,
-                           min_of(col + 16, p.head_dim));
   }
 };
 

@@ -29,39 +29,25 @@ FC_DEVICE void put_pair<float>(float* to, float x, float y, bool add) {
   *at = {x + old.x, y + old.y};
 }
 
-// A patch of 16 rows x 16 columns times scale, of whose transpose a thread holds eight elements as
-// of an accumulator (a column c and c + 8, of rows r, r + 1, r + 8, r + 9). As in store_rows below.
+// Eight neighbours of a row times scale, in either dtype, set or added. scale 0: zeros, whatever
+// they are.
 template <class Element>
-FC_DEVICE void store_transposed_patch(const Matrix& m, bool add, const float (&x)[8], float scale,
-                                      int batch, int head, int64_t row, int valid, int rows,
-                                      int col, int cols) {
-  int const lane = threadIdx.x % 32;
-  if (!m.f32 && !add) {
-    uint32_t chunk[4];  // of rows r and r + 8, the first and the last eight columns of each
+FC_DEVICE void store_chunk(const Matrix& m, bool add, float (&x)[8], float scale, int batch,
+                           int head, int64_t row, int col) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      chunk[i] = transpose_8x8(pack<Element>(x[2 * i] * scale, x[2 * i + 1] * scale));
-    quad_transpose(chunk);
-    int const r = lane / 4 + lane % 4 / 2 * 8, c = lane % 2 * 8;
-    bool const padding = r >= valid;
-    if (r < rows && c < cols)
-      *reinterpret_cast<uint4*>(row_address<Element>(m, batch, head, row + r, col + c)) =
-          padding ? uint4{0, 0, 0, 0} : uint4{chunk[0], chunk[1], chunk[2], chunk[3]};
+  for (float& element : x) element = scale == 0.0f ? 0.0f : element * scale;
+  if (!m.f32 && !add) {
+    *reinterpret_cast<uint4*>(row_address<Element>(m, batch, head, row, col)) = {
+        pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]),
+        pack<Element>(x[6], x[7])};
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    int const r = i / 4 * 8 + lane % 4 * 2 + i % 2, c = lane / 4 + i / 2 % 2 * 8;
-    if (r >= rows || c >= cols) continue;
-    float const value = r < valid ? x[i] * scale : 0.0f;
-    if (m.f32) {
-      float* const to = row_address<float>(m, batch, head, row + r, col + c);
-      *to = add ? *to + value : value;
-    } else {
-      Element* const to = row_address<Element>(m, batch, head, row + r, col + c);
-      *to = static_cast<Element>(static_cast<float>(*to) + value);
-    }
-  }
+  for (int i = 0; i < 8; i += 2)
+    if (m.f32)
+      put_pair(row_address<float>(m, batch, head, row, col + i), x[i], x[i + 1], add);
+    else
+      put_pair(row_address<Element>(m, batch, head, row, col + i), x[i], x[i + 1], add);
 }
 
 // A 64 x N accumulator times scale, written as it lies: pairs of neighbours.

@@ -130,14 +130,6 @@ FC_DEVICE void load_matrix_x4_transposed(uint32_t address, uint32_t& r0, uint32_
                : "memory");
 }
 
-// An 8x8 matrix of 16-bit values, of which lane 4 r + c holds columns 2 c and 2 c + 1 of row r,
-// transposed.
-FC_DEVICE uint32_t transpose_8x8(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // Adds to four neighbouring floats in global memory, in no particular order among threads.
 FC_DEVICE void reduce_add_x4(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a),
