@@ -1,11 +1,12 @@
 // Keeps the promise that an excluded position cannot reach a gradient.
 //
 // In the blocks a mask cuts, the tensor cores multiply excluded rows by P = 0 and dS = 0, and 0 *
-// NaN (or 0 * Inf) is NaN; dS may be NaN itself, where dP is. So a warp that is about to write a part of a gradient that is not finite
-// does not write it, but notes that in the workspace; after its last tile it works those rows out
-// again from their definition, over the visible pairs only, by ordinary arithmetic. A row that sees
-// a NaN gives NaN again; all others come out right. Postprocess does the same for dQ at once. The
-// check costs one instruction per element that is written, and the steps themselves nothing.
+// NaN (or 0 * Inf) is NaN; dS may be NaN itself, where dP is. So a warp that is about to write a
+// part of a gradient that is not finite does not write it, but notes that in the workspace; after
+// its last tile it works those rows out again from their definition, over the visible pairs only,
+// by ordinary arithmetic. A row that sees a NaN gives NaN again; all others come out right.
+// Postprocess does the same for dQ at once. The check costs one instruction per element that is
+// written, and the steps themselves nothing.
 #pragma once
 #include "sm90/bwd/dropout.h"
 #include "sm90/bwd/store.cuh"
