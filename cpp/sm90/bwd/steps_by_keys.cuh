@@ -27,8 +27,9 @@ struct StepsByKeys {
     if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
     bool first = true;
     if (c.passes_over_first()) {
-      pass_over(c);
+      // Here, where all lanes are together; behind what one lane does alone they might not be.
       if (c.index == 0) named_barrier_arrive(T::kHeadStart, T::kConsumerThreads);
+      pass_over(c);
       first = false;
     }
     issue_s(c, rS);
@@ -77,7 +78,6 @@ struct StepsByKeys {
     c.ds.advance();
     c.ring.advance();
     c.release(c.sh.free[stage]);
-    __syncwarp();  // what comes next may be a barrier of whole warps
   }
 
   // Issues S^T - lse / scale and dP^T - delta for the ring's stage; with terms, S^T and dP^T.

@@ -339,8 +339,8 @@ struct Backward : Machine {
       ++tiles_begun;
       int const begun = first_step(steps), end_of_steps = steps_end(steps);
       if (begun > 0) {
-        pass_over(t, 0);
         if (ahead) arrive(head_start);
+        pass_over(t, 0);
       }
       end(score(begun));
       wait(dout_ready(ring.stage), ring.parity);
