@@ -67,7 +67,7 @@ class Call:
         )
 
 
-def check(case: Case) -> None:
+def check(case: Case) -> Call:
     """Against the definition in float64, with the gradient of lse; and in a fixed order."""
     call = Call(case)
     dlse = call.arrays["dlse"].astype(np.float32)
@@ -77,6 +77,7 @@ def check(case: Case) -> None:
     first = call.run(deterministic=True, dlse=on_gpu(dlse))
     call.check(first, dlse=dlse)
     assert_same_bits(first, call.run(deterministic=True, dlse=on_gpu(dlse)))
+    return call
 
 
 def assert_same_bits(a: fc.Grads, b: fc.Grads) -> None:
@@ -373,8 +374,7 @@ def assert_80_queries(call: Call) -> None:
     ids=str,
 )
 def test_80_queries_a_step(case):
-    assert_80_queries(Call(case))
-    check(case)
+    assert_80_queries(check(case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ struct Consumer {
   tile::Ring<T::kStages>& ring;
   tile::Ring<T::kDsBuffers>& ds;  // the buffer of dS that is written next
   typename T::GradientTile &rdK, &rdV;
-  OwnSteps own;
+  OwnSteps own;  // where kPassesOver
 
   // A step: a query block of a query head of the group. Worked out before the wait that ends the
   // step before it, so that nobody waits for shared memory.
@@ -52,7 +52,7 @@ struct Consumer {
   // head, and the steps that are passed over would have a dQ to make in between.
   FC_DEVICE OwnSteps find_own() const {
     Work const& w = work();
-    if (!T::kPassesOver || p.group > 1) return {w.begin, w.end};
+    if (p.group > 1) return {w.begin, w.end};
     return OwnSteps::of(w, T::kBlockM, w.window_first, w.window_last, T::first_key(index, rank));
   }
   FC_DEVICE bool passes_over_first() const { return T::kPassesOver && own.begin != work().begin; }

@@ -123,7 +123,8 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
     if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
   }
   if (c.transposed_dq()) {
-    if (takes_whole_heads(c, p)) return "is for keys of more than one block of threads";
+    if (takes_whole_heads(c, p))
+      return "is for heads whose key tiles several blocks of threads share";
     if (most_tiles(c, p) <= cuda::devices()[p.device_id].multiprocessors)
       return "is for more tiles than there are multiprocessors";
     // A step saves some 4 % of the same rows in blocks of 64. That is lost where a length does not
