@@ -98,8 +98,8 @@ struct Kernel {
         if constexpr (T::kLists) sh.next_free.arrive();
         sh.v_free.wait(parity ^ 1);
         sh.k_ready[tiles.stage].arrive();
-        sh.v_ready.arrive();
-        if (T::kByCluster) sh.peer_k_ready.arrive();
+        end_phase(sh.v_ready, parity ^ 1);
+        if (T::kByCluster) end_phase(sh.peer_k_ready, parity ^ 1);
       } else {
         load_tile(p, sh, tiles.stage, ring, parity ^ 1, plain);
       }
@@ -108,6 +108,13 @@ struct Kernel {
       if constexpr (!T::kLists) find_next(p, sh, parity, plain);
     }
     sh.k_ready[tiles.stage].arrive();
+  }
+
+  // Of a tile without steps: nothing comes, and no consumer waits. The producer does, for which its
+  // phase is over: compute-sanitizer takes one that nobody waited for for a mistake.
+  FC_DEVICE static void end_phase(Barrier& ready, uint32_t parity) {
+    ready.arrive();
+    ready.wait(parity);
   }
 
   // With block lists: what comes next takes a chain of loads from memory, and is found out by a
