@@ -27,7 +27,10 @@ CASES = [
     *(case.but(d=d)
       for d in DIMS
       for case in (SMALL.but(h=(2, 1)), SMALL.but(causal=True), SMALL.but(window=(70, 0)),
-                   SMALL.but(softcap=3.0, dropout=0.1), SMALL.but(blocks=(128, 128)))),
+                   SMALL.but(softcap=3.0, dropout=0.1), SMALL.but(blocks=(128, 128)),
+                   # Tiles without steps.
+                   SMALL.but(q=40, causal=True, align="top_left"),
+                   SMALL.but(b=2, lengths_q=(200, 0), lengths_k=(1, 300)))),
     MANY,
     MANY.but(h=(100, 50)),
     MANY.but(d=104, dtype="f16"),

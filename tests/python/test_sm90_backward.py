@@ -327,6 +327,58 @@ def test_nothing_is_written_into_a_neighbouring_sequence(d, options):
             assert (rooms[name] == 7).all()
 
 
+# ---- few tiles: who adds to dQ stores it, up to 32 steps -----------------------------------------
+
+FEW = Case("few tiles", dtype="bf16", b=1, q=260, k=400, h=(2, 2))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"q": 1},
+        {"k": 129},
+        {"q": 2048, "h": (1, 1)},
+        {"q": 2049, "h": (1, 1)},
+        {"q": 500, "h": (8, 1), "causal": True},
+        {"q": 500, "h": (5, 1), "d": 40},
+        {"q": 900, "k": 140, "causal": True},  # rows that see no key
+        {"q": 140, "k": 900, "causal": True, "align": "top_left"},  # tiles that no row sees
+        {"window": (30, 5)},
+        {"q": 900, "k": 200, "h": (1, 1), "window": (0, 0), "align": "top_left"},
+        {"b": 3, "q": 77, "h": (4, 2), "dtype": "f16"},
+    ],
+    ids=str,
+)
+def test_few_tiles(d, options):
+    call = Call(FEW.but(**({"d": d} | options)))
+    call.check_few(1)
+    for _ in range(3):
+        dq = torch.full_like(call.tensors["q"], NAN)
+        call.check(call.run(dq=dq))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_few_tiles_on_many_streams(d, causal):
+    """Calls that share the multiprocessors: not all blocks of one run at the same time."""
+    call = Call(FEW.but(q=500, k=1000, h=(8, 8), d=d, causal=causal))
+    call.check_few(1)
+    t = call.tensors
+    inputs = [t[name] for name in ("dout", "q", "k", "v", "out", "lse")]
+    want = call.run()
+    call.check(want)
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    dqs = [torch.full_like(t["q"], NAN) for _ in range(40 * len(streams))]
+    torch.cuda.synchronize()
+    for i, dq in enumerate(dqs):
+        with torch.cuda.stream(streams[i % len(streams)]):
+            fc.attention_backward(*inputs, **call.options, dq=dq)
+    torch.cuda.synchronize()
+    for dq in dqs:  # but for the order of sums
+        torch.testing.assert_close(dq, want.dq, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("q", [0, 1, 700])
 @pytest.mark.parametrize("causal", [False, True])
 def test_dsinks(q, causal):

@@ -46,6 +46,8 @@ struct BwdConfig {
   // A step of 80 queries, whose dQ is made transposed since a product is 64 rows high: per query, S
   // and dP read less of K and V from shared memory than with 64.
   constexpr bool transposed_dq() const { return block_m % 64 != 0; }
+  // Whole heads have other kernels: dQ of a step is added to sums, and nothing else.
+  constexpr bool adds_only() const { return few() || transposed_dq(); }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && head_dim == head_dim_v &&
@@ -76,6 +78,12 @@ struct TensorMaps {
   CUtensorMap rows;   // if cut: tensor_map() of single rows
 };
 
+// Of a key head of one sequence and one of the consumers, see finish_dq.cuh: how many blocks of
+// threads have added all they will to its dQ, and which query block is the next to be stored.
+struct DqHead {
+  int arrived, taken;
+};
+
 struct BwdParams {
   TensorMaps q, k, v, dout;
   CUtensorMap dk_boxes, dv_boxes;  // tensor_map() of kStoredRows rows
@@ -92,6 +100,7 @@ struct BwdParams {
   float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
   StatParts *lse_parts, *delta_parts;  // the same two, for stat_products()
   float* dq_sum;                       // [slot][query block][block_m * head_dim], see dq.cuh
+  DqHead* dq_heads;                    // [batch][key head][consumer]; null: postprocess stores dQ
   // Null where no mask cuts blocks: see repair.cuh.
   uint8_t* redo_keys;         // [key head][key tile][block of the cluster][warp]
   uint8_t* redo_queries;      // [head][query block][warp][half of the columns]; only of whole heads

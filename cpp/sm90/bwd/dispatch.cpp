@@ -112,9 +112,10 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (std::string why = unbuilt(p); !why.empty()) return why;
   if (std::string why = misfit_blocks(c, p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
+  if (c.adds_only() && takes_whole_heads(c, p))
+    return "is for heads whose key tiles several blocks of threads share";
   if (c.few()) {
     if (p.deterministic) return "adds to dQ in any order";
-    if (p.seqlen_k <= c.block_n) return text("is for more than ", c.block_n, " keys");
     // The longest of tiles that a mask makes unlike takes up to twice as long as the mean. Divided
     // in two, that is worth an end more for each block, if the tile is long.
     constexpr int kLong = 16;
@@ -123,8 +124,6 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
     if (most_tiles(c, p) > most) return text("is for calls of up to ", most, " tiles");
   }
   if (c.transposed_dq()) {
-    if (takes_whole_heads(c, p))
-      return "is for heads whose key tiles several blocks of threads share";
     if (most_tiles(c, p) <= cuda::devices()[p.device_id].multiprocessors)
       return "is for more tiles than there are multiprocessors";
     // A step saves some 4 % of the same rows in blocks of 64. That is lost where a length does not
@@ -179,12 +178,13 @@ struct Division {
   bool sums_added;          // to zeros, by any tile
   bool cut;                 // a mask cuts blocks
   bool sorted;              // tiles, by the lengths of lists
+  bool at_once;             // every tile has a cluster of its own, and few steps: finish_dq.cuh
   bool block_slots;         // sums of dQ for the heads in the making alone, not for all
   int64_t slot_blocks;      // query blocks of such sums
   int64_t head_key_blocks;  // key tiles of a key head
   // Offsets in bytes; the sums of dQ come first.
   int64_t minus_lse, minus_delta, lse_parts, delta_parts, redo_keys, redo_queries, taken, turns,
-      order, bytes;
+      order, dq_heads, bytes;
 
   Division(const BwdConfig& c, const Problem& p) {
     head_blocks = query_blocks(p, p.total_q, c.block_m);
@@ -222,7 +222,12 @@ struct Division {
     // In rising order with whole heads; how many tiles a packed sequence has, the device alone
     // knows.
     sorted = c.lists && !whole_heads && !p.cu_seqlens_k;
-    bytes = order + (sorted ? tiles * 4 : 0);
+    // In a longer call blocks that are done would wait longer than they do, or would have to.
+    constexpr int64_t kSteps = 32;
+    int64_t const steps = p.num_heads_q / p.num_heads_kv * ceil_div<int64_t>(p.seqlen_q, c.block_m);
+    at_once = c.few() && tile::alike(p) && tiles <= clusters && steps > 0 && steps <= kSteps;
+    dq_heads = order + (sorted ? tiles * 4 : 0);
+    bytes = dq_heads + (at_once ? pairs * c.kConsumers * int64_t{sizeof(DqHead)} : 0);
   }
 };
 
@@ -315,6 +320,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                         p.block_k};
     params.mask_block_q = p.block_q;
   }
+  if (d.at_once && p.dq) params.dq_heads = reinterpret_cast<DqHead*>(part(d.dq_heads));
   if (d.counted) {
     params.taken = reinterpret_cast<int*>(part(d.taken));
     params.taker = params.taken + 1;

@@ -68,8 +68,8 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
                       float (&dq)[N], bool (&redo)[4 * T::kConsumers]) {
   if (!p.dq.data) return;
   int const quads = T::Dq::quads(part) - kFirst;
-  if constexpr (T::Dq::kTransposed) {
-    add_dq<T>(sums, dq, quads);  // whole heads have other kernels: dispatch.cpp
+  if constexpr (T::kAddsOnly) {
+    add_dq<T>(sums, dq, quads);
   } else {
     if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
       add_dq<T>(sums, dq, quads);

@@ -15,6 +15,7 @@
 // queries are divided, when those are added up).
 #pragma once
 #include "sm90/bwd/dq_order.cuh"
+#include "sm90/bwd/finish_dq.cuh"
 #include "sm90/bwd/halves.cuh"
 #include "sm90/bwd/load.cuh"
 #include "sm90/bwd/steps_by_cluster.cuh"
@@ -44,9 +45,12 @@ struct Kernel {
     // A first tile that is dealt out is found before.
     if (warp > 0 || T::kLists || (T::kCluster > 1 && !plain)) wait_for_barriers();
     if (warp > 0 && !T::kLists) {
-      if constexpr (!T::kByQueries)
-        if (p.turns && warp <= T::kConsumers)
-          keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
+      if (warp > T::kConsumers) return;
+      if constexpr (T::kByQueries) {
+        if (p.dq_heads) FinishDq<T>(p).take(sh, warp - 1);
+      } else {
+        if (p.turns) keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
+      }
       return;
     }
     if (warp > 1) return;
@@ -295,6 +299,8 @@ struct Kernel {
       else
         tile_of_one(c, parity);
     }
+    if constexpr (T::kByQueries)
+      if (p.dq_heads) FinishDq<T>(p).store(sh);
     if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
     if constexpr (T::kCluster > 1) cluster_sync();  // the other block may still arrive here
   }
@@ -331,6 +337,8 @@ struct Kernel {
     if (!empty) last = StepsByKeys<T>::run(c, parity);
     if (shared) Halves<T>::make_room(c);
     if (!empty) StepsByKeys<T>::finish(c, last);
+    // All it adds to dQ is added.
+    if (c.p.dq_heads && !c.work().rehearsed()) c.release(c.sh.added[c.index]);
     Work const work = c.work();
     __syncwarp();
     // At once, so that the first K comes in spite of the rehearsal.

@@ -1,58 +1,38 @@
 // dQ from its float32 sums, where no key tile could write it: scaled, converted, in rows.
 #pragma once
-#include "sm90/bwd/dq.cuh"
-#include "sm90/bwd/store.cuh"
+#include "sm90/bwd/store_dq.cuh"
 #include "sm90/ptx/launch.cuh"
 
 namespace flashcore::sm90::bwd {
 
-// Of one query block of one head; thread t has what consumer thread t of the main kernel, or of its
-// cluster, had. rows: those that are written; valid: of these, the ones that are no padding.
+// A transposed query block by way of shared memory: a thread then has eight neighbours of a row,
+// and a warp some rows.
 template <class T>
-struct StoreDq {
-  using Element = typename T::Element;
-
-  const BwdParams& p;
-  QueryBlock at;
-  int head, q_begin, rows, valid;
-
-  FC_DEVICE void as_it_lies(const typename T::DqTile& dq) const {
-    int const consumer = threadIdx.x / 128;
-    int const row = T::Dq::row(consumer), col = T::Dq::col(consumer);
-    if (p.redo_keys && broken(dq))
-      Repair<T>::dq_rows(p, at.batch, head, at.row + row + threadIdx.x % 128 / 32 * 16, 16, col,
-                         min_of(col + 8 * T::Dq::quads(consumer), p.head_dim));
-    else
-      store_rows<Element>(p.dq, p.accumulate, dq, p.scale, at.batch, head, q_begin + at.row + row,
-                          valid - row, rows - row, col, p.head_dim - col);
-  }
-
-  // By way of shared memory: a thread then has eight neighbours of a row, and a warp some rows.
-  FC_DEVICE void transposed(const typename T::DqTile& dq) const {
-    constexpr int kPadded = T::kHeadDim + 4;  // lanes that write meet no bank twice
-    constexpr int kChunks = T::kHeadDim / 8, kWarpRows = 32 / kChunks;
-    __shared__ alignas(16) float tile[T::kBlockM][kPadded];
+FC_DEVICE void store_transposed_dq(const BwdParams& p, QueryBlock at, int head, int q_begin,
+                                   int rows, int valid, const typename T::DqTile& dq) {
+  constexpr int kPadded = T::kHeadDim + 4;  // lanes that write meet no bank twice
+  constexpr int kChunks = T::kHeadDim / 8, kWarpRows = 32 / kChunks;
+  __shared__ alignas(16) float tile[T::kBlockM][kPadded];
 #pragma unroll
-    for (int i = 0; i < 4 * T::Dq::quads(0); ++i) {
-      Coord const c = T::Dq::at(threadIdx.x / 128, accumulator_coord(threadIdx.x % 128, i));
-      tile[c.row][c.col] = dq[i];
-    }
-    __syncthreads();
-    int const col = threadIdx.x % kChunks * 8;
+  for (int i = 0; i < 4 * T::Dq::quads(0); ++i) {
+    Coord const c = T::Dq::at(threadIdx.x / 128, accumulator_coord(threadIdx.x % 128, i));
+    tile[c.row][c.col] = dq[i];
+  }
+  __syncthreads();
+  int const col = threadIdx.x % kChunks * 8;
 #pragma unroll 1
-    for (int row = threadIdx.x / kChunks; row < T::kBlockM; row += T::Dq::kThreads / kChunks) {
-      float x[8];
+  for (int row = threadIdx.x / kChunks; row < T::kBlockM; row += T::Dq::kThreads / kChunks) {
+    float x[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = tile[row][col + i];
-      if (p.redo_keys && broken(x))
-        Repair<T>::dq_rows(p, at.batch, head, at.row + row / kWarpRows * kWarpRows, kWarpRows, 0,
-                           p.head_dim);
-      else if (row < rows && col < p.head_dim)
-        store_chunk<Element>(p.dq, p.accumulate, x, row < valid ? p.scale : 0.0f, at.batch, head,
-                             q_begin + at.row + row, col);
-    }
+    for (int i = 0; i < 8; ++i) x[i] = tile[row][col + i];
+    if (p.redo_keys && broken(x))
+      Repair<T>::dq_rows(p, at.batch, head, at.row + row / kWarpRows * kWarpRows, kWarpRows, 0,
+                         p.head_dim);
+    else if (row < rows && col < p.head_dim)
+      store_chunk<typename T::Element>(p.dq, p.accumulate, x, row < valid ? p.scale : 0.0f,
+                                       at.batch, head, q_begin + at.row + row, col);
   }
-};
+}
 
 template <class T>
 __global__ void __launch_bounds__(T::Dq::kThreads, T::Dq::kTransposed ? 3 : 1)
@@ -64,11 +44,11 @@ __global__ void __launch_bounds__(T::Dq::kThreads, T::Dq::kTransposed ? 3 : 1)
   if (at.written <= 0) return;
   typename T::DqTile dq = {};
   add_sums(dq, dq_block<T>(p, block) + T::Dq::offset(threadIdx.x), T::Dq::quads(threadIdx.x / 128));
-  StoreDq<T> const store{p, at, head, seq.q_begin, at.written, seq.seqlen_q - at.row};
+  int const rows = at.written, valid = seq.seqlen_q - at.row;
   if constexpr (T::Dq::kTransposed)
-    store.transposed(dq);
+    store_transposed_dq<T>(p, at, head, seq.q_begin, rows, valid, dq);
   else
-    store.as_it_lies(dq);
+    store_dq<T>(p, at, head, threadIdx.x / 128, seq.q_begin, rows, valid, dq);
 }
 
 }  // namespace flashcore::sm90::bwd

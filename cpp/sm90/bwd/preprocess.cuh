@@ -118,6 +118,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, kPreprocessBlocks<T>)
   }
   if (p.redo_queries && threadIdx.x < 16) p.redo_queries[int64_t{block} * 16 + threadIdx.x] = 0;
   if (at.written > 0) clear_dq<T>(p, at, q_begin, head);
+  if (p.dq_heads && block < p.pairs && threadIdx.x < T::kConsumers)
+    p.dq_heads[block * T::kConsumers + threadIdx.x] = {0, 0};
 
   float delta = 0.0f;
 #pragma unroll

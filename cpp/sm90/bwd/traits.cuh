@@ -27,6 +27,7 @@ struct Traits {
   static constexpr int kBlockN = kConfig.block_n;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kCluster = kConfig.cluster();
+  static constexpr bool kAddsOnly = kConfig.adds_only();
   static constexpr bool kByQueries = kConfig.divides == Cluster::queries;
   static constexpr int kKeys = kConfig.keys();  // of a block of threads
   static constexpr int kConsumers = BwdConfig::kConsumers;
@@ -106,7 +107,8 @@ struct Traits {
     Barrier peer_has_room, sums_ready;  // where queries are divided
     Barrier ds_ready[kDsBuffers], ds_free[kDsBuffers], p_ready, peer_k_ready;
     Barrier q_ready[kStages], dout_ready[kStages], free[kStages];
-    Barrier turn[kConsumers], added[kConsumers];  // of steps; see dq_order.cuh
+    Barrier turn[kConsumers], added[kConsumers];  // of steps, see dq_order.cuh; or finish_dq.cuh
+    int taken_block[kConsumers];                  // the first of those whose dQ is to be stored
     // Of tiles that are taken, in a cluster: from its first block to the other.
     Barrier taken_ready, taken_free;
     int taken;

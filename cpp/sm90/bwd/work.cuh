@@ -36,12 +36,14 @@ struct alignas(16) Work : StepOrder {
   int diagonal;                   // how far past `key` the key is that row 0 faces
 
   // A tile past the end of everything: no keys, no queries.
+  static constexpr int kPastTheEnd = 1 << 29;
   static FC_DEVICE Work past_the_end() {
     Work work{};
-    work.key = 1 << 29;
+    work.key = kPastTheEnd;
     return work;
   }
 
+  FC_DEVICE bool rehearsed() const { return key == kPastTheEnd; }
   FC_DEVICE bool empty() const { return begin == end; }    // nothing to do for this block
   FC_DEVICE bool visited() const { return first < last; }  // something for one of the cluster
   FC_DEVICE bool masked(int m) const { return m < full || m >= last_full; }

@@ -14,6 +14,10 @@ FC_DEVICE int load_acquire(const int* from) {
 FC_DEVICE void store_release(int* to, int x) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
+// The same, adding.
+FC_DEVICE void add_release(int* to, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
 // Asks for the line of 128 bytes that holds `at` to be in L2.
 FC_DEVICE void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
