@@ -100,7 +100,7 @@ struct BwdParams {
   float* minus_delta;  // [head][query block][row]: dlse - rowsum(dO * O)
   StatParts *lse_parts, *delta_parts;  // the same two, for stat_products()
   float* dq_sum;                       // [slot][query block][block_m * head_dim], see dq.cuh
-  DqHead* dq_heads;                    // [batch][key head][consumer]; null: postprocess stores dQ
+  DqHead* dq_heads;                    // [batch][key head][consumer]; null: others store dQ
   // Null where no mask cuts blocks: see repair.cuh.
   uint8_t* redo_keys;         // [key head][key tile][block of the cluster][warp]
   uint8_t* redo_queries;      // [head][query block][warp][half of the columns]; only of whole heads
@@ -117,6 +117,7 @@ struct BwdParams {
   int head_dim, head_dim_v;
   int group;  // query heads per key head
   bool accumulate;
+  bool short_head_start;  // of the first consumer, where keys are divided: its first S, not dV
   bool prefetch;  // preprocess asks for Q, K and V: L2 holds them until the main kernel comes
 
   // Where sequences begin and end; what tile::sequence_of reads.

@@ -222,7 +222,7 @@ struct Division {
     // In rising order with whole heads; how many tiles a packed sequence has, the device alone
     // knows.
     sorted = c.lists && !whole_heads && !p.cu_seqlens_k;
-    // In a longer call blocks that are done would wait longer than they do, or would have to.
+    // Longer tiles may differ by more than FinishDq waits: most blocks would be gone.
     constexpr int64_t kSteps = 32;
     int64_t const steps = p.num_heads_q / p.num_heads_kv * ceil_div<int64_t>(p.seqlen_q, c.block_m);
     at_once = c.few() && tile::alike(p) && tiles <= clusters && steps > 0 && steps <= kSteps;
@@ -349,6 +349,12 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   int64_t const heads_bytes = p.batch * 2 *
                               (p.seqlen_q * p.num_heads_q * p.head_dim +
                                p.seqlen_k * p.num_heads_kv * (p.head_dim + p.head_dim_v));
+  // The long one sets them half a step apart, so that each computes exponentials while the tensor
+  // cores work for the other, and is lost in every tile: with a mask many have few steps.
+  constexpr int64_t kLongTile = 16;  // steps of 128 queries
+  int64_t const steps = params.group * ceil_div<int64_t>(p.seqlen_q, c.block_m);
+  params.short_head_start =
+      !p.window.open() && !c.terms && !c.lists && (c.block_m < 128 || steps <= kLongTile);
   params.prefetch = tile::alike(p) && heads_bytes <= kPrefetched;
 
   params.batch = static_cast<int>(p.batch);

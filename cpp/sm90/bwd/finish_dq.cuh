@@ -59,7 +59,7 @@ class FinishDq {
   }
 
  private:
-  static constexpr int kPatience = 64;  // times to ask, some 40 us
+  static constexpr int kPatience = 64;  // times to ask, some 40 us: see Division::at_once
 
   const BwdParams& p_;
   tile::Tile tile_;  // the only one of this block

@@ -1,4 +1,4 @@
-// Host side of one instance: attributes once per device, then the three launches.
+// Host side of one instance: attributes once per device, then the two or three launches.
 #pragma once
 #include <atomic>
 

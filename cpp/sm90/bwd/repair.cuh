@@ -5,8 +5,8 @@
 // part of a gradient that is not finite does not write it, but notes that in the workspace; after
 // its last tile it works those rows out again from their definition, over the visible pairs only,
 // by ordinary arithmetic. A row that sees a NaN gives NaN again; all others come out right.
-// Postprocess does the same for dQ at once. The check costs one instruction per element that is
-// written, and the steps themselves nothing.
+// What stores dQ from its sums does the same at once. The check costs one instruction per element
+// that is written, and the steps themselves nothing.
 #pragma once
 #include "sm90/bwd/dropout.h"
 #include "sm90/bwd/store.cuh"

@@ -25,14 +25,10 @@ struct StepsByKeys {
   FC_DEVICE static Step run(const Consumer& c, uint32_t parity) {
     typename T::ScoreTile rS, rdP;
     if (c.index == 1) named_barrier_sync(T::kHeadStart, T::kConsumerThreads);
-    bool first = true;
-    if (c.passes_over_first()) {
-      // Here, where all lanes are together; behind what one lane does alone they might not be.
-      if (c.index == 0) named_barrier_arrive(T::kHeadStart, T::kConsumerThreads);
-      pass_over(c);
-      first = false;
-    }
+    bool first = !c.passes_over_first();
+    if (!first) pass_over(c);
     issue_s(c, rS);
+    if (!first || c.p.short_head_start) end_head_start(c);
     wait_dout(c);
     wgmma_wait<0>();
     pin(rS);
@@ -65,6 +61,10 @@ struct StepsByKeys {
   }
 
  private:
+  // The second consumer begins the tile when the first one does this.
+  FC_DEVICE static void end_head_start(const Consumer& c) {
+    if (c.index == 0) named_barrier_arrive(T::kHeadStart, T::kConsumerThreads);
+  }
   // A step of which this consumer's dS is zero.
   FC_DEVICE static void pass_over(const Consumer& c) {
     int const stage = c.ring.stage;
@@ -146,7 +146,7 @@ struct StepsByKeys {
     wgmma_fence();
     gemm_pb<Element, T::kHeadDim, T::kBlockM>(c.rdV, rP, sh.dout[stage]);
     wgmma_commit();
-    if (first && c.index == 0) named_barrier_arrive(T::kHeadStart, T::kConsumerThreads);
+    if (first && !c.p.short_head_start) end_head_start(c);
 
     wgmma_wait<1>();  // dP is complete, dV may still be running
     pin(rdP);

@@ -71,7 +71,7 @@ struct Backward : Machine {
 
   // real_steps[t]: steps of tile t; may be 0. tiles_of_k: whose K is there; by gradient one.
   Backward(Steps kind, std::vector<int> const& real_steps, With with, int tiles_of_k = 1,
-           Passed passed = {}) {
+           Passed passed = {}, bool short_head_start = false) {
     std::vector<int> steps{0};  // the rehearsal
     steps.insert(steps.end(), real_steps.begin(), real_steps.end());
     bool const ordered = with == With::turns, lists = with == With::lists;
@@ -89,7 +89,8 @@ struct Backward : Machine {
     rehearse();
     programs.push_back(producer(steps, lists, tiles_of_k));
     for (int w = 0; w < kWarps; ++w)
-      programs.push_back(Warp{kind, w, ordered, tiles_of_k, passed}.program(steps));
+      programs.push_back(
+          Warp{kind, w, ordered, tiles_of_k, passed, short_head_start}.program(steps));
     if (ordered)
       for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer, tiles_of_k));
     if (lists) programs.push_back(finder(static_cast<int>(steps.size())));
@@ -206,6 +207,7 @@ struct Backward : Machine {
     bool ordered;
     int slots;  // tiles whose K is there
     Passed passed;
+    bool short_head_start;
     Program out{};
     Ring<kStages> ring = Ring<kStages>::consumer();
     Ring<2> parts = Ring<2>::consumer();  // the buffer of dS that is written next
@@ -338,11 +340,10 @@ struct Backward : Machine {
       if (!ahead) wait(head_start, tiles_begun % 2);
       ++tiles_begun;
       int const begun = first_step(steps), end_of_steps = steps_end(steps);
-      if (begun > 0) {
-        if (ahead) arrive(head_start);
-        pass_over(t, 0);
-      }
-      end(score(begun));
+      if (begun > 0) pass_over(t, 0);
+      auto const first_score = score(begun);
+      if (ahead && (begun > 0 || short_head_start)) arrive(head_start);
+      end(first_score);
       wait(dout_ready(ring.stage), ring.parity);
       wait(v_ready, parity);
       for (int i = begun; i < end_of_steps; ++i) {
@@ -351,7 +352,7 @@ struct Backward : Machine {
         auto const dp = join({sV, sdO(i)}), dv = sdO(i), dk = sQ(i);
         begin(dp);
         begin(dv);
-        if (first && ahead) arrive(head_start);
+        if (first && ahead && !short_head_start) arrive(head_start);
         end(dp);
         begin(dk);
         wait(ds_free + parts.stage, parts.parity ^ 1);
@@ -448,7 +449,7 @@ void play(Steps kind, std::mt19937& random) {
     bool const passes = kind == Steps::by_keys && with[trial % 3] != With::lists;
     typename Backward<kStages>::Passed passed;
     if (passes) passed = {consumer(), consumer()};
-    Backward<kStages> machine(kind, steps, with[trial % 3], tiles_of_k, passed);
+    Backward<kStages> machine(kind, steps, with[trial % 3], tiles_of_k, passed, random() % 2);
     CHECK(machine.run(random));
   }
 }
