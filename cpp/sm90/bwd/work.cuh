@@ -89,4 +89,12 @@ struct alignas(16) Work : StepOrder {
   }
 };
 
+// The tile at that place of its head, where the longest lists come first.
+template <class T>
+FC_DEVICE void in_order(const BwdParams& p, tile::Tile& tile) {
+  if (!T::kLists || !p.order) return;
+  int const pair = tile.batch * p.scheduler.heads + tile.head;
+  tile.m_block = p.order[pair * p.scheduler.m_blocks + tile.m_block];
+}
+
 }  // namespace flashcore::sm90::bwd

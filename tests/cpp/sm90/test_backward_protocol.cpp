@@ -1,6 +1,6 @@
 // The barrier protocol of the Hopper backward kernels that work alone, as in cpp/sm90/bwd:
-// kernel.cuh, steps_by_keys.cuh, steps_by_gradient.cuh; and dq_order.cuh, whose turns always come
-// at last (test_dq_order.cpp).
+// kernel.cuh, producer.cuh, steps_by_keys.cuh, steps_by_gradient.cuh; and dq_order.cuh, whose turns
+// always come at last (test_dq_order.cpp).
 #include <initializer_list>
 
 #include "protocol.h"

@@ -1,6 +1,6 @@
 // The barrier protocol of the Hopper backward kernel whose blocks divide keys in pairs, as in
-// cpp/sm90/bwd: kernel.cuh, steps_by_cluster.cuh; and dq_order.cuh, whose turns always come at last
-// (test_dq_order.cpp).
+// cpp/sm90/bwd: kernel.cuh, producer.cuh, steps_by_cluster.cuh; and dq_order.cuh, whose turns
+// always come at last (test_dq_order.cpp).
 #include <initializer_list>
 
 #include "protocol.h"

@@ -1,7 +1,7 @@
 // The barrier protocol of two blocks of the Hopper backward kernel that divide the queries of a
-// tile, as in cpp/sm90/bwd: kernel.cuh and halves.cuh. How a block goes through its steps is that
-// of one that works alone (test_backward_protocol.cpp); here all steps of a tile are one look at
-// its Q and dO.
+// tile, as in cpp/sm90/bwd: kernel.cuh, producer.cuh, halves.cuh. How a block goes through its
+// steps is that of one that works alone (test_backward_protocol.cpp); here all steps of a tile are
+// one look at its Q and dO.
 #include <algorithm>
 #include <utility>
 

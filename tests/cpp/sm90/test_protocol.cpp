@@ -1,4 +1,5 @@
-// The barrier protocol of one team of the Hopper forward kernel, as in cpp/sm90/fwd/kernel.cuh.
+// The barrier protocol of one team of the Hopper forward kernel, as in cpp/sm90/fwd: kernel.cuh,
+// producer.cuh.
 //
 // Left out: the staging area of O, whose rows are one warp's own and guarded by the copy engine's
 // bulk groups, and the repair, which begins when its warp has waited for all of them.
