@@ -31,7 +31,15 @@ CASES = [
                    # Tiles without steps.
                    SMALL.but(q=40, causal=True, align="top_left"),
                    SMALL.but(b=2, lengths_q=(200, 0), lengths_k=(1, 300)))),
+    *(SMALL.but(**options)
+      for options in ({"d": 192, "dv": 128}, {"d": 192, "dv": 128, "causal": True},
+                      {"alibi": "h", "sinks": True}, {"strides": "sliced"},
+                      {"d": 128, "dtype": "f16"},
+                      # In parts, forward.
+                      {"q": 60, "k": 5000}, {"q": 60, "k": 5000, "d": 128})),
     MANY,
+    MANY.but(d=256),
+    MANY.but(d=256, causal=True),
     MANY.but(h=(100, 50)),
     MANY.but(d=104, dtype="f16"),
     MANY.but(lengths_q=(60, 150, 0), lengths_k=(1, 300, 200)),

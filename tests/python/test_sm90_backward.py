@@ -88,10 +88,10 @@ def assert_same_bits(a: fc.Grads, b: fc.Grads) -> None:
 # ---- every option -------------------------------------------------------------------------------
 
 EVERY_OPTION = [
-    pytest.param(case.but(d=d), id=f"{theme}-{case.but(d=d)}")
+    pytest.param(case.but(d=d, dv=dv), id=f"{theme}-{case.but(d=d, dv=dv)}")
     for theme, list_of_cases in VARIANTS.items()
     for n, case in enumerate(list_of_cases)
-    for d in (64, 128, (32, 96, 192, 256)[n % 4])
+    for d, dv in ((64, None), (128, None), ((32, 96, 192, 256)[n % 4], None), (192, 128))
 ]
 
 

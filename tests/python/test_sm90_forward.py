@@ -138,10 +138,10 @@ VARIANTS = {
     ],
 }  # fmt: skip
 EVERY_OPTION = [
-    pytest.param(case.but(d=d), id=f"{theme}-{case.but(d=d)}")
+    pytest.param(case.but(d=d, dv=dv), id=f"{theme}-{case.but(d=d, dv=dv)}")
     for theme, list_of_cases in VARIANTS.items()
     for n, case in enumerate(list_of_cases)
-    for d in (64, 128, (32, 96, 192, 256)[n % 4])
+    for d, dv in ((64, None), (128, None), ((32, 96, 192, 256)[n % 4], None), (192, 128))
 ]
 
 
@@ -600,6 +600,11 @@ def test_few_rows_and_many_keys_are_split_unasked():
     want = fc.attention(q, k, v, return_lse=True, num_splits=1)
     torch.testing.assert_close(got.lse, want.lse, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.out, want.out, rtol=2e-2, atol=1e-4)
+    heads = slice(28, 32)  # of the last key head
+    scores = torch.einsum("qhd,kd->hqk", q[0, :, heads].double(), k[0, :, 7].double()) / 128**0.5
+    out = torch.einsum("hqk,kd->qhd", scores.softmax(-1), v[0, :, 7].double())
+    torch.testing.assert_close(got.lse[0, heads].double(), scores.logsumexp(-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.out[0, :, heads].double(), out, rtol=2e-2, atol=2e-4)
 
 
 # ---- values -------------------------------------------------------------------------------------
