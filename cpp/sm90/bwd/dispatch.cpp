@@ -169,6 +169,7 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
 struct Division {
   int64_t head_blocks;  // query blocks of a head
   int64_t n_blocks;     // key tiles of the longest sequence
+  int64_t steps;        // of a tile at most
   int64_t tiles;        // of all heads; for a packed batch a bound
   int64_t pairs;        // of batch and key head
   int clusters;         // or blocks, if they work alone
@@ -189,6 +190,7 @@ struct Division {
   Division(const BwdConfig& c, const Problem& p) {
     head_blocks = query_blocks(p, p.total_q, c.block_m);
     n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
+    steps = p.num_heads_q / p.num_heads_kv * ceil_div<int64_t>(p.seqlen_q, c.block_m);
     pairs = p.batch * p.num_heads_kv;
     tiles = most_tiles(c, p);
     int const processors = cuda::devices()[p.device_id].multiprocessors;
@@ -224,7 +226,6 @@ struct Division {
     sorted = c.lists && !whole_heads && !p.cu_seqlens_k;
     // Longer tiles may differ by more than FinishDq waits: most blocks would be gone.
     constexpr int64_t kSteps = 32;
-    int64_t const steps = p.num_heads_q / p.num_heads_kv * ceil_div<int64_t>(p.seqlen_q, c.block_m);
     at_once = c.few() && tile::alike(p) && tiles <= clusters && steps > 0 && steps <= kSteps;
     dq_heads = order + (sorted ? tiles * 4 : 0);
     bytes = dq_heads + (at_once ? pairs * c.kConsumers * int64_t{sizeof(DqHead)} : 0);
@@ -352,9 +353,8 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   // The long one sets them half a step apart, so that each computes exponentials while the tensor
   // cores work for the other, and is lost in every tile: with a mask many have few steps.
   constexpr int64_t kLongTile = 16;  // steps of 128 queries
-  int64_t const steps = params.group * ceil_div<int64_t>(p.seqlen_q, c.block_m);
   params.short_head_start =
-      !p.window.open() && !c.terms && !c.lists && (c.block_m < 128 || steps <= kLongTile);
+      !p.window.open() && !c.terms && !c.lists && (c.block_m < 128 || d.steps <= kLongTile);
   params.prefetch = tile::alike(p) && heads_bytes <= kPrefetched;
 
   params.batch = static_cast<int>(p.batch);
