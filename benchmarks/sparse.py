@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", choices=list(SETS), default="density", help="which problems")
     parser.add_argument("--direction", choices=("fwd", "bwd"), default="fwd")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DEFAULT_PEERS))
     parser.add_argument("--filter", default="", help="only cells whose name contains this")
     parser.add_argument("--out", type=Path, default=None, help="a folder of results/")
 
@@ -182,7 +182,12 @@ def compiled_flex(problem: Problem, block: int) -> Any:
     return torch.compile(module.flex_attention)
 
 
-PEERS = {"flashcore": flashcore_sparse, "dense": dense, "flex": flex}
+def deterministic(s: Sparse, x: Inputs, kept: Any, direction: str) -> Call:
+    return flashcore(s.problem, x, direction, block_mask=block_mask(s, kept), deterministic=True)
+
+
+DEFAULT_PEERS = {"flashcore": flashcore_sparse, "dense": dense, "flex": flex}
+PEERS = DEFAULT_PEERS | {"deterministic": deterministic}
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -253,20 +258,22 @@ def markdown(result: dict[str, Any]) -> str:
         "first. TFLOP/s count kept blocks. 8192^3 bf16 matmul in the same process: "
         f"{low:.0f} to {high:.0f} TFLOP/s.",
         "",
-        "| cell | density | us | TFLOP/s | us / (density x dense us) | flex us / us |",
-        "|---|---|---|---|---|---|",
+        "| cell | density | us | TFLOP/s | us / (density x dense us) | flex us / us | us / us in a "
+        "fixed order |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = by_peer(result["cells"])
     for row in rows:
-        mine, whole, other = (row.get(name, {}) for name in PEERS)
+        mine, whole, other, fixed = (row.get(name, {}) for name in PEERS)
         if "us" not in mine:
-            lines.append(f"| {mine['cell']} | {mine['density']} | – | – | – | – |")
+            lines.append(f"| {mine['cell']} | {mine['density']} | – | – | – | – | – |")
             continue
         over = mine["us"] / (mine["density"] * whole["us"]) if "us" in whole else None
         gain = other["us"] / mine["us"] if "us" in other else None
+        cost = mine["us"] / fixed["us"] if "us" in fixed else None
         lines.append(
             f"| {mine['cell']} | {mine['density']} | {mine['us']:.1f} | {mine['tflops']:.0f} | "
-            + " | ".join("–" if r is None else f"{r:.2f}" for r in (over, gain))
+            + " | ".join("–" if r is None else f"{r:.2f}" for r in (over, gain, cost))
             + " |"
         )
     if result["set"] == "length":

@@ -181,9 +181,10 @@ void read_block_mask(const flashcore_block_mask& m, Problem& p) {
   p.block_k = m.block_k;
   p.kv_blocks = read_block_list("block_mask.kv_num_blocks", m.kv_num_blocks,
                                 "block_mask.kv_indices", m.kv_indices, p, q_blocks, kv_blocks);
-  if (p.direction == Direction::backward)
-    p.q_blocks = read_block_list("block_mask.q_num_blocks", m.q_num_blocks, "block_mask.q_indices",
-                                 m.q_indices, p, kv_blocks, q_blocks);
+  if (p.direction != Direction::backward) return;
+  p.q_blocks = read_block_list("block_mask.q_num_blocks", m.q_num_blocks, "block_mask.q_indices",
+                               m.q_indices, p, kv_blocks, q_blocks);
+  p.q_capacity = min_of(m.q_indices->shape[3], q_blocks);
 }
 
 uint32_t read_dropout(double dropout_p) {

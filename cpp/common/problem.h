@@ -71,6 +71,7 @@ struct Problem {
   int32_t block_q = 0, block_k = 0;  // of the block mask; 0 = none
   BlockList kv_blocks;               // of each query block
   BlockList q_blocks;                // of each key block
+  int64_t q_capacity = 0;            // blocks that such a list has room for
 
   uint32_t dropout_threshold = 0;  // drop when bits < threshold, of 2^16; 0 = no dropout
   double dropout_scale = 1.0;      // 1 / (1 - threshold / 2^16)

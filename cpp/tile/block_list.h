@@ -44,6 +44,10 @@ struct KeptBlocks {
     }
     return low * parts + (indices[low] == whole ? block % parts : 0);
   }
+  FC_HD constexpr bool contains(int block) const {
+    int const visit = below(block);
+    return visit < visits() && at(visit) == block;
+  }
 };
 
 // Where there are no lists: visit i is to block i.

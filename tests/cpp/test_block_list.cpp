@@ -21,7 +21,9 @@ TEST("visits are the kept blocks in order, and below() counts them") {
       int visits = 0;
       for (int block = -1; block < (kBlocks + 1) * parts; ++block) {
         CHECK_EQ(kept.below(block), visits);
-        if (block >= 0 && block < kBlocks * parts && set >> (block / parts) & 1) {
+        bool const member = block >= 0 && block < kBlocks * parts && set >> (block / parts) & 1;
+        if (block >= 0) CHECK_EQ(kept.contains(block), member);
+        if (member) {
           CHECK_EQ(kept.at(visits), block);
           ++visits;
         }

@@ -43,6 +43,8 @@ CASES = [
     MANY.but(h=(100, 50)),
     MANY.but(d=104, dtype="f16"),
     MANY.but(lengths_q=(60, 150, 0), lengths_k=(1, 300, 200)),
+    MANY.but(blocks=(128, 128)),
+    MANY.but(blocks=(64, 64), causal=True, d=64),
     MANY.but(b=1, q=6200, causal=True, align="top_left"),
     MANY.but(b=1, q=6200, window=(6200, 10), align="top_left"),
     *(MANY.but(d=d, **options)

@@ -6,6 +6,7 @@ import pytest
 from cases import Case
 from gpu import ONE_PART, assert_near_the_cpu, assert_same_bits, check, on_gpu, run
 from test_sm90_backward import Call
+from test_sm90_backward import assert_same_bits as assert_same_gradients
 from test_sm90_backward import check as check_backward
 from test_sm90_forward import random_case, with_scores
 
@@ -281,6 +282,76 @@ def test_gradients_of_rows_and_columns_that_keep_nothing(d, fixed, accumulate):
         (got.dv, slice(128, 256)),
     ):
         assert (x[:, rows] == (2.0 if accumulate else 0.0)).all()
+
+
+LISTS = [
+    BASE.but(b=1, q=300, k=420),
+    # More tiles than multiprocessors, and several of a head at a time.
+    BASE.but(b=3, q=900, k=1500, h=(12, 6)),
+    BASE.but(b=3, q=900, k=900, h=(12, 12), causal=True),
+    BASE.but(b=2, q=700, k=900, h=(12, 4), blocks=(64, 64)),
+    BASE.but(b=2, q=700, k=900, h=(12, 12), blocks=(128, 192), window=(300, 100)),
+    BASE.but(b=2, q=700, k=900, h=(12, 12), blocks=(256, 256), softcap=9.0, dropout=0.1),
+    BASE.but(packed_q=(705, 130, 0, 300), packed_k=(307, 620, 9, 190), h=(16, 16), causal=True),
+    BASE.but(b=3, q=700, k=900, h=(12, 6), lengths_q=(113, 699, 0), lengths_k=(900, 1, 420)),
+]
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("case", LISTS, ids=str)
+def test_deterministic(case, d):
+    """Tiles that wait for those that a query block's list names."""
+    call = Call(case.but(d=d))
+    first = call.run(deterministic=True)
+    call.check(first)
+    for _ in range(30):
+        assert_same_gradients(call.run(deterministic=True), first)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_fixed_order_is_the_same_however_lists_are_stored(d):
+    kept = np.random.default_rng(d).random((8, 8)) < 0.4
+    case = Case("stored", dtype="bf16", b=2, q=1024, k=1024, h=(8, 4), d=d)
+    call = Call(case, block_mask=of_blocks(kept))
+    want = call.run(deterministic=True)
+    call.check(want)
+    on_device = torch.from_numpy(kept).cuda()
+    for blocks in (on_device, on_device.expand(2, 8, 8, 8)):  # lists with room for every block
+        call.options["block_mask"] = fc.BlockMask.from_blocks(blocks)
+        assert_same_gradients(call.run(deterministic=True), want)
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_lists_that_are_not_each_others_transpose_do_not_hang(d, options):
+    rng = np.random.default_rng(d)
+    one, other = (of_blocks(rng.random((8, 8, 8)) < 0.5, shape=(1024, 1024)) for _ in range(2))
+    case = Case("two masks", dtype="bf16", b=6, q=1024, k=1024, h=(8, 8), d=d, **options)
+    call = Call(case, block_mask=one)
+    call.options["block_mask"] = fc.BlockMask(
+        one.kv_num_blocks, one.kv_indices, other.q_num_blocks, other.q_indices, (128, 128)
+    )
+    for _ in range(3):
+        call.run(deterministic=True)  # waits for it
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("case", LISTS[1:3], ids=str)
+def test_deterministic_on_two_streams(case, d):
+    """Neither waits for a tile that the other one keeps from being taken."""
+    call = Call(case.but(d=d))
+    t, options = call.tensors, {name: on_gpu(x) for name, x in call.options.items()}
+    inputs = [t[name] for name in ("dout", "q", "k", "v", "out", "lse")]
+    want = call.run(deterministic=True)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    grads = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                grads.append(fc.attention_backward(*inputs, **options, deterministic=True))
+    torch.cuda.synchronize()
+    for got in grads:
+        assert_same_gradients(want, got)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

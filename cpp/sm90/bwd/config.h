@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
+#include "sm90/bwd/neighbours.h"
 #include "sm90/bwd/stat_parts.h"
 #include "tile/block_list.h"
 #include "tile/mask.h"
@@ -46,8 +47,9 @@ struct BwdConfig {
   // A step of 80 queries, whose dQ is made transposed since a product is 64 rows high: per query, S
   // and dP read less of K and V from shared memory than with 64.
   constexpr bool transposed_dq() const { return block_m % 64 != 0; }
-  // Whole heads have other kernels: dQ of a step is added to sums, and nothing else.
-  constexpr bool adds_only() const { return few() || transposed_dq(); }
+  // Whole heads have other kernels: dQ of a step is added to sums, and nothing else. With block
+  // lists nobody knows which tile is the first to add to a query block, or the last.
+  constexpr bool adds_only() const { return few() || transposed_dq() || lists; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && head_dim == head_dim_v &&
@@ -150,6 +152,7 @@ struct BwdParams {
   // m_block counts key tiles, from the last one. Of a packed batch: of one sequence, whose m_blocks
   // it sets.
   tile::TileScheduler scheduler;
+  bool all_rise;  // no section's key tiles fall
 
   // Tiles that are not dealt out but taken, by whoever is done. Null: they are not. Cleared to -1
   // before the launch.
@@ -161,13 +164,17 @@ struct BwdParams {
 
   // Only kernels with block lists look at these.
   tile::BlockLists kept_queries;  // of each key block, in query blocks of the kernel
-  tile::BlockLists kept_keys;     // of each query block, in keys: for repair.cuh
+  tile::BlockLists kept_keys;     // of each query block, in keys: for repair and neighbours
   int mask_block_q;               // rows in a block of the mask
+  NeighbourTable neighbours;      // in a fixed order
   const int* order;               // [batch][key head][place]: see order.h. Null: as they come
 };
 
 // After preprocess: dsinks from its statistics.
 void launch_dsinks(const BwdParams& params, int block_m, cudaStream_t stream);
+
+// Before it, with block lists in a fixed order: fills the table of neighbours.
+void find_neighbours(const BwdParams& params, int block_m, int block_n, cudaStream_t stream);
 
 // One row of instances.def; its translation unit defines it.
 template <BwdConfig kConfig>

@@ -98,12 +98,27 @@ bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
          bytes <= (p.window.open() ? kBytes : 2 * kBytes);
 }
 
+// How large a head's table of neighbours is. A list names no more blocks than the rows have, except
+// of a packed sequence, which may be longer than the caller says.
+struct TableSize {
+  int64_t lists, visits, tiles;
+  int64_t entries() const { return lists * visits * tiles; }
+  int64_t bytes() const { return entries() * int64_t{sizeof(Neighbours)}; }
+};
+TableSize table_of(const BwdConfig& c, const Problem& p) {
+  int64_t visits = p.q_capacity * (p.block_q / c.block_m);
+  int64_t tiles = NeighbourTable::tiles_in(p.block_k, c.block_n);
+  if (!p.cu_seqlens_q) visits = min_of(visits, ceil_div<int64_t>(p.seqlen_q, c.block_m));
+  if (!p.cu_seqlens_k) tiles = min_of(tiles, ceil_div<int64_t>(p.seqlen_k, c.block_n));
+  return {ceil_div<int64_t>(p.seqlen_k, p.block_k), visits, tiles};
+}
+
 // Whether a block takes all key tiles of a head. In a fixed order, how long packed sequences are at
 // most, which is the caller's word, must not change the order of a sum.
 bool takes_whole_heads(const BwdConfig& c, const Problem& p) {
   int const processors = cuda::devices()[p.device_id].multiprocessors;
   bool const one_tile = p.seqlen_k <= c.block_n && !(p.cu_seqlens_k && p.deterministic);
-  return (p.deterministic && c.lists) || one_tile || short_heads(c, p, processors);
+  return !c.lists && (one_tile || short_heads(c, p, processors));
 }
 
 std::string refusal(const Kernel& kernel, const Problem& p) {
@@ -141,9 +156,13 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
     return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
-  int64_t const tiles = max_of(max_of(most_tiles(c, p), p.batch * p.num_heads_kv),
+  int64_t const lists = p.q_blocks ? ceil_div<int64_t>(p.seqlen_k, p.block_k) : 1;
+  int64_t const tiles = max_of(max_of(most_tiles(c, p), p.batch * p.num_heads_q * lists),
                                p.num_heads_q * query_blocks(p, p.total_q, c.block_m));
   if (tiles > kMostTiles) return text("takes up to ", kMostTiles, " tiles, got ", tiles);
+  if (c.lists && p.deterministic && table_of(c, p).entries() > INT32_MAX)
+    return text("takes block masks with room for up to ", INT32_MAX, " steps of a head, got ",
+                table_of(c, p).entries());
   const struct {
     const char* name;
     const Rows& rows;
@@ -174,9 +193,9 @@ struct Division {
   int64_t pairs;        // of batch and key head
   int clusters;         // or blocks, if they work alone
   bool whole_heads;
+  bool alone;               // no two tiles add to the same dQ
   bool ordered;             // tiles add to dQ in a fixed order
   bool counted;             // tiles are taken from a counter, not dealt out
-  bool sums_added;          // to zeros, by any tile
   bool cut;                 // a mask cuts blocks
   bool sorted;              // tiles, by the lengths of lists
   bool at_once;             // every tile has a cluster of its own, and few steps: finish_dq.cuh
@@ -185,7 +204,7 @@ struct Division {
   int64_t head_key_blocks;  // key tiles of a key head
   // Offsets in bytes; the sums of dQ come first.
   int64_t minus_lse, minus_delta, lse_parts, delta_parts, redo_keys, redo_queries, taken, turns,
-      order, dq_heads, bytes;
+      order, dq_heads, neighbours, bytes;
 
   Division(const BwdConfig& c, const Problem& p) {
     head_blocks = query_blocks(p, p.total_q, c.block_m);
@@ -195,7 +214,8 @@ struct Division {
     tiles = most_tiles(c, p);
     int const processors = cuda::devices()[p.device_id].multiprocessors;
     whole_heads = takes_whole_heads(c, p);
-    ordered = p.deterministic && !whole_heads;
+    alone = n_blocks <= 1 && !p.cu_seqlens_k;
+    ordered = p.deterministic && !whole_heads && !alone;
     // In a fixed order, so that nobody waits for who waits; and where the host does not know what
     // tiles cost: 12 % of a packed batch of unlike lengths.
     bool const unlike = p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || c.lists;
@@ -203,9 +223,7 @@ struct Division {
     clusters = static_cast<int>(
         min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster()));
     // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
-    // With block lists nobody knows which tile is the first to add to a query block, or the last.
-    sums_added = !whole_heads || c.lists;
-    block_slots = !sums_added && !p.cu_seqlens_q;
+    block_slots = whole_heads && !p.cu_seqlens_q;
     slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;
     int64_t const slots = block_slots ? clusters * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
     int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
@@ -218,25 +236,111 @@ struct Division {
     delta_parts = lse_parts + parts;
     redo_keys = delta_parts + parts;
     redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster() : 0);
-    taken = redo_queries + (cut && !sums_added ? p.num_heads_q * head_blocks * 16 : 0);
+    taken = redo_queries + (cut && whole_heads ? p.num_heads_q * head_blocks * 16 : 0);
     turns = taken + (counted ? (1 + tiles) * 4 : 0);
     order = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster() * 4 : 0);
-    // In rising order with whole heads; how many tiles a packed sequence has, the device alone
-    // knows.
-    sorted = c.lists && !whole_heads && !p.cu_seqlens_k;
+    // A fixed order is that of the tiles; how many a packed sequence has, the device alone knows.
+    sorted = c.lists && !ordered && !p.cu_seqlens_k;
     // Longer tiles may differ by more than FinishDq waits: most blocks would be gone.
     constexpr int64_t kSteps = 32;
     at_once = c.few() && tile::alike(p) && tiles <= clusters && steps > 0 && steps <= kSteps;
     dq_heads = order + (sorted ? tiles * 4 : 0);
-    bytes = dq_heads + (at_once ? pairs * c.kConsumers * int64_t{sizeof(DqHead)} : 0);
+    neighbours =
+        round_up<int64_t>(dq_heads + (at_once ? pairs * c.kConsumers * int64_t{sizeof(DqHead)} : 0),
+                          sizeof(Neighbours));
+    bytes = neighbours;
+    if (ordered && c.lists) bytes += p.batch * p.num_heads_q * table_of(c, p).bytes();
   }
 };
+
+// In which order tiles are dealt or taken.
+struct Schedule {
+  tile::TileScheduler scheduler;
+  bool all_rise = false;
+};
+
+// Of sections of about so many heads: a width of which all are, since a last one with fewer heads
+// takes longer for each; and so that as many fall as rise, if they alternate, or the launch ends on
+// tiles of one kind. Without such a width within a factor of two, `width` itself.
+int even_width(int pairs, int64_t width, bool alternate) {
+  auto const even = [&](int64_t n) {
+    return n > 0 && pairs % n == 0 && (!alternate || pairs / n % 2 == 0);
+  };
+  for (int64_t off = 0; off <= width; ++off)
+    for (int64_t n : {width + off, width - off})
+      if (2 * n >= width && even(n)) return static_cast<int>(n);
+  return static_cast<int>(width);
+}
+
+// Where tiles add to dQ in a fixed order. Each is late by what the tile of its head before it is
+// and by some more, a step where they begin with the same rows; with lists, which meet anywhere, by
+// several. So the more heads take turns the better, if what they need stays in L2.
+// least: as many as run at the same time anyhow. uneven: tiles have unlike steps.
+Schedule fixed_order(const tile::TileScheduler& s, const BwdConfig& c, const Division& d,
+                     int64_t head_bytes, int64_t least, bool uneven) {
+  constexpr int kChain = 32, kChainOfLists = 4, kChainOfRising = 8;  // tiles of a head at a time
+  auto const heads_within = [&](int64_t bytes) { return bytes / max_of<int64_t>(1, head_bytes); };
+  // Falling tiles do not wait. But they are at different rows, and what one has read the next one
+  // finds in L2 only if all of it fits.
+  bool const alternate = uneven && !c.lists && least <= heads_within(2 * kL2Budget);
+  int64_t heads = 0;
+  if (alternate)
+    heads = heads_within(2 * kL2Budget);
+  else if (uneven)
+    heads = ceil_div(d.clusters, c.lists ? kChainOfLists : kChainOfRising);
+  else if (s.pairs <= heads_within(4 * kL2Budget))
+    heads = s.pairs;
+  else
+    heads = max_of(max_of(least, heads_within(kL2Budget)), ceil_div<int64_t>(d.clusters, kChain));
+  return {s.in_sections_of(even_width(s.pairs, min_of<int64_t>(s.pairs, heads), alternate)),
+          !alternate};
+}
+
+// With no mask, tiles of one head side by side: they read the same queries at the same time. With
+// one, their costs differ, and what counts is that every block is dealt its share. With lists too;
+// then the host does not know what tiles cost. Tiles that wait for one another are far apart, too:
+// those that run at the same time are then few of each head.
+Schedule order_of(const BwdConfig& c, const Problem& p, const Division& d) {
+  bool const packed = p.cu_seqlens_k != nullptr, uneven = !p.window.open() || c.lists;
+  int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
+  int64_t const group = p.num_heads_q / p.num_heads_kv;
+  tile::TileScheduler const s = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv),
+                                 pairs, 1};
+  if (!(uneven || d.ordered) || d.whole_heads || d.tiles == 0) return {s};
+  // The caller's bounds of packed lengths must not change the order of a sum.
+  bool const mean = packed && d.ordered && p.batch > 0;
+  int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
+  int64_t const n_blocks = mean ? ceil_div(rows_k(p), p.batch * c.block_n) : d.n_blocks;
+  int64_t const head_bytes = rows * group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+  // What runs at the same time anyhow: with fewer heads there is nothing to choose from.
+  int64_t const least = ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, n_blocks));
+  if (d.ordered) return fixed_order(s, c, d, head_bytes, least, uneven);
+  int const largest = static_cast<int>(min_of<int64_t>(
+      pairs, max_of<int64_t>(tile::section_pairs(head_bytes, 1, pairs, kL2Budget), least)));
+  if (packed || c.lists) return {s.in_sections_of(largest)};
+  int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
+  auto const cost = [&](int block) {
+    int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
+    auto const rows =
+        tile::row_blocks<int64_t>(tile::band_of(p.window, q_offset), key,
+                                  min_of(key + c.block_n, p.seqlen_k), p.seqlen_q, c.block_m);
+    return static_cast<double>((rows.last - rows.first) * group) + kTileOverhead;
+  };
+  // The search takes tens of microseconds, the rest of a call two.
+  thread_local Memo<int, 11> known;
+  int const even =
+      known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left, p.window.right,
+                 q_offset, pairs, largest, group, d.clusters},
+                [&] { return tile::balanced_section(s, largest, 1, d.clusters, cost); });
+  return {s.in_sections_of(even)};
+}
 
 void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
   Division const d(instance_of(kernel).config, p);
   plan.workspace_bytes = static_cast<size_t>(d.bytes);
   plan.num_splits = 1;
-  plan.deterministic = d.whole_heads || d.ordered;  // else key tiles add to dQ in any order
+  plan.deterministic =
+      d.whole_heads || d.alone || d.ordered;  // else key tiles add to dQ in any order
 }
 
 void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* memory,
@@ -309,7 +413,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.delta_parts = reinterpret_cast<StatParts*>(part(d.delta_parts));
   if (d.cut) {
     params.redo_keys = reinterpret_cast<uint8_t*>(part(d.redo_keys));
-    if (!d.sums_added) params.redo_queries = reinterpret_cast<uint8_t*>(part(d.redo_queries));
+    if (d.whole_heads) params.redo_queries = reinterpret_cast<uint8_t*>(part(d.redo_queries));
   }
   if (c.lists) {
     auto const lists = [](int64_t rows, int block) {
@@ -320,6 +424,11 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     params.kept_keys = {p.kv_blocks, lists(p.seqlen_q, p.block_q), p.block_q / c.block_m,
                         p.block_k};
     params.mask_block_q = p.block_q;
+    if (d.ordered)
+      params.neighbours = {reinterpret_cast<Neighbours*>(part(d.neighbours)),
+                           static_cast<int>(p.num_heads_q), params.kept_queries.lists,
+                           static_cast<int>(table_of(c, p).visits),
+                           static_cast<int>(table_of(c, p).tiles)};
   }
   if (d.at_once && p.dq) params.dq_heads = reinterpret_cast<DqHead*>(part(d.dq_heads));
   if (d.counted) {
@@ -384,45 +493,14 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.whole_heads = d.whole_heads;
   params.plain = params.alike && !d.whole_heads && !params.taken;
   params.pairs = static_cast<int>(d.pairs);
-  // With no mask, tiles of one head side by side: they read the same queries at the same time. With
-  // one, their costs differ, and what counts is that every block is dealt its share. With lists
-  // too; then the host does not know what tiles cost. Tiles that wait for one another are far
-  // apart, too: those that run at the same time are then few of each head.
-  bool const packed = p.cu_seqlens_k != nullptr;
-  int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
-  params.scheduler = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv), pairs, 1};
-  if ((!p.window.open() || c.lists || d.ordered) && !d.whole_heads && d.tiles > 0) {
-    // The caller's bounds of packed lengths must not change the order of a sum.
-    bool const mean = packed && d.ordered && p.batch > 0;
-    int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
-    int64_t const n_blocks = mean ? ceil_div(rows_k(p), p.batch * c.block_n) : d.n_blocks;
-    int64_t const head_bytes =
-        rows * params.group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-    // At least what runs at the same time anyhow, or there is nothing to choose from.
-    int const largest = static_cast<int>(min_of<int64_t>(
-        pairs, max_of<int64_t>(tile::section_pairs(head_bytes, 1, pairs, kL2Budget),
-                               ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, n_blocks)))));
-    int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
-    auto const cost = [&](int block) {
-      int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
-      auto const rows =
-          tile::row_blocks<int64_t>(tile::band_of(p.window, q_offset), key,
-                                    min_of(key + c.block_n, p.seqlen_k), p.seqlen_q, c.block_m);
-      return static_cast<double>((rows.last - rows.first) * params.group) + kTileOverhead;
-    };
-    // The search takes tens of microseconds, the rest of a call two.
-    thread_local Memo<int, 11> known;
-    tile::TileScheduler& s = params.scheduler;
-    s = s.in_sections_of(
-        packed || c.lists || d.ordered
-            ? largest
-            : known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left,
-                         p.window.right, q_offset, pairs, largest, params.group, d.clusters},
-                        [&] { return tile::balanced_section(s, largest, 1, d.clusters, cost); }));
-  }
+  Schedule const order = order_of(c, p, d);
+  params.scheduler = order.scheduler;
+  params.all_rise = order.all_rise;
+  if (params.neighbours.entries)
+    find_neighbours(params, c.block_m, c.block_n, static_cast<cudaStream_t>(stream));
   if (d.sorted)
     order_tiles({.lists = params.kept_queries,
-                 .pairs = pairs,
+                 .pairs = params.scheduler.pairs,
                  .heads = params.scheduler.heads,
                  .group = params.group,
                  .tiles = params.scheduler.m_blocks,

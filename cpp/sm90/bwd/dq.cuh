@@ -71,7 +71,7 @@ FC_DEVICE void put_dq(const BwdParams& p, const Work& work, int part, int head, 
   if constexpr (T::kAddsOnly) {
     add_dq<T>(sums, dq, quads);
   } else {
-    if (T::kLists || !p.whole_heads || (m >= work.complete && m < work.fresh)) {
+    if (!p.whole_heads || (m >= work.complete && m < work.fresh)) {
       add_dq<T>(sums, dq, quads);
     } else if (m >= work.complete) {
       set_dq<T>(sums, dq, quads);

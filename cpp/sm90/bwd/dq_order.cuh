@@ -13,33 +13,94 @@
 
 namespace flashcore::sm90::bwd {
 
+// Of one consumer: which step it may add, and which it has. The warp has few registers: what is in
+// shared memory is read there.
+template <class T>
+class Turns {
+  static constexpr int kParts = T::kConsumers * (T::kByCluster ? T::kCluster : 1);
+
+ public:
+  FC_DEVICE Turns(const BwdParams& p, typename T::Shared& sh, int consumer, int rank)
+      : p_(p), sh_(sh), consumer_(consumer), part_(T::dq_part(consumer, rank)) {}
+
+  // The next step of a tile, to query block m of a head. waits: the tile is not the first one to
+  // add to it. next: the one that does after it. While the step before is under way its turn is
+  // looked for: if it is there, the consumer goes on at once, and the others are told afterwards.
+  // Looked for once, or passing on would wait for the answers.
+  FC_DEVICE void step(const Work& work, int head, int m, bool waits, int next) {
+    int const block = head * p_.head_blocks + work.stats + m;
+    int const tile = work.key / T::kBlockN;
+    bool known = !waits || load_acquire(turn(block)) == tile;
+    bool const under_way = last_ >= 0, early = under_way && known;
+    if (under_way) added().wait(parity_);
+    if (early) sh_.turn[consumer_].arrive();
+    if (under_way) pass_on();
+    while (!known) known = load_acquire(turn(block)) == tile;
+    if (!early) sh_.turn[consumer_].arrive();
+    last_ = block;
+    next_ = next;
+  }
+  // After the last step of a tile.
+  FC_DEVICE void end() {
+    added().wait(parity_);
+    pass_on();
+    last_ = -1;
+  }
+
+ private:
+  const BwdParams& p_;
+  typename T::Shared& sh_;
+  int consumer_, part_;
+  int last_ = -1, next_ = 0;  // of the step that is under way
+  uint32_t parity_ = 0;       // of its number
+
+  FC_DEVICE Barrier& added() const { return sh_.added[consumer_]; }
+  FC_DEVICE int* turn(int block) const { return p_.turns + int64_t{block} * kParts + part_; }
+  FC_DEVICE void pass_on() {
+    parity_ ^= 1;
+    if (next_ >= 0) store_release(turn(last_), next_);
+  }
+};
+
 // One thread, for one consumer of its block.
 template <class T>
 FC_DEVICE void keep_order(const BwdParams& p, typename T::Shared& sh, int consumer, int rank) {
-  constexpr int kParts = T::kConsumers * T::kCluster;
-  int const part = T::dq_part(consumer, rank);
-  uint32_t parity_of_step = 0;
+  Turns<T> turns(p, sh, consumer, rank);
   for (auto tiles = tile::Ring<T::kTilesOfK>::consumer();; tiles.advance()) {
     sh.k_ready[tiles.stage].wait(tiles.parity);
     Work const& work = sh.work[tiles.stage];
     if (work.key < 0) return;
-    StepOrder const order = work;
-    int const tile = work.key / T::kBlockN;
-    int const first_head = work.kv_head * p.group, stats = work.stats;
     bool const empty = work.empty();
+    if (!empty)
+      for (int m = work.begin; m != work.end; m += work.stride)
+        for (int i = 0; i < p.group; ++i)
+          turns.step(work, work.kv_head * p.group + i, m, work.waits(m),
+                     work.next(work.key / T::kBlockN));
     sh.k_free[tiles.stage].arrive();
-    if (empty) continue;
-    for (int m = order.begin; m != order.end; m += order.stride)
-      for (int head = first_head; head < first_head + p.group; ++head) {
-        int* const turn = p.turns + part + int64_t{head * p.head_blocks + stats + m} * kParts;
-        if (order.waits(m))
-          while (load_acquire(turn) != tile) {
-          }
-        sh.turn[consumer].arrive();
-        sh.added[consumer].wait(parity_of_step);
-        parity_of_step ^= 1;
-        store_release(turn, order.next(tile));
-      }
+    if (!empty) turns.end();
+  }
+}
+
+// The same with block lists, step by step as the producer notes them.
+template <class T>
+FC_DEVICE void keep_order_of_lists(const BwdParams& p, typename T::Shared& sh, int consumer,
+                                   int rank) {
+  Turns<T> turns(p, sh, consumer, rank);
+  auto notes = tile::Ring<2 * T::kStages>::consumer();
+  for (auto tiles = tile::Ring<T::kTilesOfK>::consumer();; tiles.advance()) {
+    sh.k_ready[tiles.stage].wait(tiles.parity);
+    Work const& work = sh.work[tiles.stage];
+    if (work.key < 0) return;
+    bool const empty = work.empty();
+    for (bool more = !empty; more; notes.advance()) {
+      sh.noted[notes.stage].wait(notes.parity);
+      StepNote const& note = sh.note[notes.stage];
+      Neighbours const beside = p.neighbours.of(work.batch, note.head)[note.place];
+      more = !note.last;
+      turns.step(work, note.head, note.m, beside.waits(work.stride), beside.next(work.stride));
+    }
+    sh.k_free[tiles.stage].arrive();
+    if (!empty) turns.end();
   }
 }
 

@@ -5,6 +5,8 @@
 // passes its turn there on to its neighbour, and is the first one where the one before it does not
 // come.
 //
+// (With block lists neighbours may be anywhere: neighbours.h.)
+//
 // If they fall, a tile's steps rise, and the other way round. Then, with a mask that cuts off
 // later keys, falling tiles meet on their own: each begins with query blocks that are new, and
 // comes to those of the one before it when that is past them. Tiles that rise all begin with the

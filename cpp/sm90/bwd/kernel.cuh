@@ -244,6 +244,7 @@ struct Kernel {
       sh.turn[c].init(1);
       sh.added[c].init(4);
     }
+    for (Barrier& noted : sh.noted) noted.init(1);
     sh.taken_ready.init(1);
     sh.taken_free.init(1);
     fence_barrier_init();

@@ -36,7 +36,7 @@ class KeyTiles {
     if (!plain && p.whole_heads) return next_of_heads(p, block_n, tile);
     if (plain || !p.cu_seqlens_k) {
       if (at_ >= p.scheduler.num_tiles()) return false;
-      take(p.scheduler, at_, false, tile);
+      take(p.scheduler, at_, !plain && p.all_rise && falls(p.scheduler, at_), tile);
     } else if (!find(p, block_n, tile)) {
       return false;
     }
@@ -57,11 +57,17 @@ class KeyTiles {
   int before_ = 0;  // and the tiles of those before it
   bool falling_ = false;
 
+  // Whether key tiles fall in the section of tile `index`: the scheduler's m_blocks count from the
+  // last one.
+  template <class Scheduler>
+  static FC_HD constexpr bool falls(Scheduler const& s, int index) {
+    return s.rises(s.section(index));
+  }
   // Tile `index` of the scheduler's; `turned` around if that is not the order that is wanted.
   template <class Scheduler>
   FC_HD constexpr void take(Scheduler const& s, int index, bool turned, tile::Tile& tile) {
     tile = s.tile(index);
-    falling_ = s.rises(s.section(index)) != turned;
+    falling_ = falls(s, index) != turned;
     if (!turned) tile.m_block = s.m_blocks - 1 - tile.m_block;
   }
 
@@ -81,7 +87,10 @@ class KeyTiles {
       auto const s = p.scheduler.with(key_tiles(p, batch_, block_n));
       if (at_ - before_ < s.num_tiles()) {
         // The wave of long and short tiles goes on from sequence to sequence.
-        take(s, at_ - before_, (p.batch - 1 - batch_) * s.num_sections % 2 != 0, tile);
+        int const index = at_ - before_;
+        bool const turned =
+            p.all_rise ? falls(s, index) : (p.batch - 1 - batch_) * s.num_sections % 2 != 0;
+        take(s, index, turned, tile);
         tile.batch = batch_;
         return true;
       }

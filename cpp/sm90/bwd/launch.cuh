@@ -35,8 +35,7 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
                               early, stream),
                 "flash_bwd_sm90");
   }
-  if (params.dq.data && !params.dq_heads && (T::kLists || !params.whole_heads) &&
-      query_blocks > 0) {
+  if (params.dq.data && !params.dq_heads && !params.whole_heads && query_blocks > 0) {
     cuda::check(launch_kernel(flash_bwd_sm90_postprocess<T>, params, query_blocks, T::Dq::kThreads,
                               0, 1, true, stream),
                 "flash_bwd_sm90_postprocess");

@@ -29,7 +29,7 @@ template <class T>
 FC_DEVICE void clear_dq(const BwdParams& p, QueryBlock at, int q_begin, int head) {
   using Element = typename T::Element;
   if (!p.dq.data) return;
-  if (T::kLists || !p.whole_heads) {
+  if (!p.whole_heads) {
     float4* const sums = reinterpret_cast<float4*>(dq_block<T>(p, blockIdx.x));
 #pragma unroll
     for (int i = threadIdx.x; i < T::kBlockM * T::kHeadDim / 4; i += kPreprocessThreads)

@@ -24,16 +24,20 @@ class Producer {
     bool const plain = !T::kLists && p.plain;
     // A first tile that is dealt out is found before.
     if (warp > 0 || T::kLists || (T::kCluster > 1 && !plain)) wait_for_barriers();
-    if (warp > 0 && !T::kLists) {
-      if (warp > T::kConsumers) return;
+    constexpr int kFirst = T::kLists ? 2 : 1;  // with block lists the first one finds tiles
+    if (int const consumer = warp - kFirst; consumer >= 0) {
+      if (consumer >= T::kConsumers) return;
       if constexpr (T::kByQueries) {
-        if (p.dq_heads) FinishDq<T>(p).take(sh, warp - 1);
-      } else {
-        if (p.turns) keep_order<T>(p, sh, warp - 1, T::kCluster > 1 ? cluster_rank() : 0);
+        if (p.dq_heads) FinishDq<T>(p).take(sh, consumer);
+      } else if (p.turns) {
+        int const rank = T::kCluster > 1 ? cluster_rank() : 0;
+        if constexpr (T::kLists)
+          keep_order_of_lists<T>(p, sh, consumer, rank);
+        else
+          keep_order<T>(p, sh, consumer, rank);
       }
       return;
     }
-    if (warp > 1) return;
     prefetch_tensor_map(p.q.boxes);
     prefetch_tensor_map(p.k.boxes);
     prefetch_tensor_map(p.v.boxes);
@@ -211,7 +215,9 @@ class Producer {
         more = sh.steps.next(p, work, next);  // found out while the stage is still in use
         note.last = !more;
         sh.free[ring.stage].wait(ring.parity);
-        sh.note[ring.stage + static_cast<int>(ring.parity ^ 1) * T::kStages] = note;
+        int const slot = ring.stage + static_cast<int>(ring.parity ^ 1) * T::kStages;
+        sh.note[slot] = note;
+        if (p.turns) sh.noted[slot].arrive();
         load_step(note.head, note.m);
       }
     } else {

@@ -114,6 +114,7 @@ struct Traits {
     int taken;
     // With block lists. Of twice as many steps as there are stages: dQ comes a step late.
     StepNote note[kLists ? 2 * kStages : 1];
+    Barrier noted[kLists ? 2 * kStages : 1];  // with a fixed order: the note is there
     std::conditional_t<kLists, ListSteps, char> steps, next_steps;
     StepNote next_note;  // the first of `next`, whose others are next_steps
     Barrier next_ready, next_free;

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "sm90/bwd/neighbours.h"
 #include "tile/mask.h"
 #include "tile/tile_scheduler.h"
 
@@ -14,7 +15,12 @@ struct Params {
   const int32_t* q_offset_tensor = nullptr;
   flashcore::tile::Window window;
   bool whole_heads = false;
-  int pairs = 0;
+  int pairs = 0, group = 1;
+  bool alike = false;
+  flashcore::tile::ShortSequence sequence;  // if alike
+  flashcore::tile::BlockLists kept_queries, kept_keys;
+  flashcore::sm90::bwd::NeighbourTable neighbours;
   flashcore::tile::Divisor sequence_blocks;
   flashcore::tile::TileScheduler scheduler;
+  bool all_rise = false;
 };

@@ -15,7 +15,9 @@ constexpr int kWarps = 8;
 enum class Steps { by_keys, by_gradient };
 // What there is besides: an order in which dQ is added; block lists, and a thread that finds the
 // next tile.
-enum class With { nothing, turns, lists };
+struct With {
+  bool turns = false, lists = false;
+};
 constexpr int kNoWork = -2;
 
 template <int kStages>
@@ -38,6 +40,7 @@ struct Backward : Machine {
   static constexpr int free_(int s) { return stages + 2 * kStages + s; }
   static constexpr int turn(int consumer) { return stages + 3 * kStages + consumer; }
   static constexpr int added(int consumer) { return turn(2) + consumer; }
+  static constexpr int noted(int slot) { return added(2) + slot; }
   enum BufferId { k, work = 2, v = 4, tiles = v + kWarps };
   // A warp's rows of V, by way of which it stores its gradients where keys are divided.
   static constexpr int v_rows(int warp) { return v + warp; }
@@ -53,9 +56,13 @@ struct Backward : Machine {
   static constexpr int dq(int warp) { return told(2) + warp; }
 
   // With block lists, of the step whose Q is in the ring's stage, or of one before it.
-  static int note(const Ring<kStages>& ring, uint32_t first_lap, int before = 0) {
+  static int slot_of(const Ring<kStages>& ring, uint32_t first_lap, int before = 0) {
     int const slot = ring.stage + static_cast<int>(ring.parity ^ first_lap) * kStages - before;
-    return ds(4, 0) + slot + (slot < 0 ? 2 * kStages : 0);
+    return slot + (slot < 0 ? 2 * kStages : 0);
+  }
+  static int note(int slot) { return ds(4, 0) + slot; }
+  static int note(const Ring<kStages>& ring, uint32_t first_lap, int before = 0) {
+    return note(slot_of(ring, first_lap, before));
   }
 
   // And the tile that is found for the producer.
@@ -74,11 +81,12 @@ struct Backward : Machine {
            Passed passed = {}, bool short_head_start = false) {
     std::vector<int> steps{0};  // the rehearsal
     steps.insert(steps.end(), real_steps.begin(), real_steps.end());
-    bool const ordered = with == With::turns, lists = with == With::lists;
-    for (int b = 0; b < added(2); ++b) {
+    bool const ordered = with.turns, lists = with.lists;
+    for (int b = 0; b < noted(2 * kStages); ++b) {
       bool const of_k_free = b == k_free || b == k_free + 1;
       bool const ready = b == k_ready || b == k_ready + 1 || b == next_ready || b == next_free ||
-                         (b >= stages && b < free_(0)) || (b >= turn(0) && b < turn(2));
+                         (b >= stages && b < free_(0)) || (b >= turn(0) && b < turn(2)) ||
+                         b >= noted(0);
       bool const of_one = b == head_start || b >= added(0);
       barriers.emplace_back(ready                  ? 1
                             : of_one               ? kWarps / 2
@@ -87,12 +95,12 @@ struct Backward : Machine {
     }
     buffers.resize(next() + 1);
     rehearse();
-    programs.push_back(producer(steps, lists, tiles_of_k));
+    programs.push_back(producer(steps, with, tiles_of_k));
     for (int w = 0; w < kWarps; ++w)
       programs.push_back(
           Warp{kind, w, ordered, tiles_of_k, passed, short_head_start}.program(steps));
     if (ordered)
-      for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer, tiles_of_k));
+      for (int consumer : {0, 1}) programs.push_back(keeper(steps, consumer, tiles_of_k, lists));
     if (lists) programs.push_back(finder(static_cast<int>(steps.size())));
   }
 
@@ -103,27 +111,39 @@ struct Backward : Machine {
     Slot(int t, int slots) : index(t % slots), parity(t / slots % 2) {}
   };
 
-  // Of the order, for one consumer.
-  static Program keeper(const std::vector<int>& steps, int consumer, int slots) {
+  // Of the order, for one consumer. A step's turn is looked for while the one before is under way.
+  static Program keeper(const std::vector<int>& steps, int consumer, int slots, bool lists) {
     Program program;
     uint32_t parity_of_step = 0;
+    auto notes = Ring<2 * kStages>::consumer();
     auto read = [&](int buffer, int value) {
       program.push_back({Op::begin_read, -1, buffer, 0, value});
       program.push_back({Op::end_read, -1, buffer});
+    };
+    auto see_added = [&](int t, int i) {
+      program.push_back({Op::wait, added(consumer), -1, parity_of_step});
+      parity_of_step ^= 1;
+      for (int w = 0; w < kWarps / 2; ++w) read(dq(consumer * kWarps / 2 + w), value(t, i, 7));
     };
     for (int t = 0;; ++t) {
       bool const last = t == static_cast<int>(steps.size());
       Slot const slot(t, slots);
       program.push_back({Op::wait, k_ready + slot.index, -1, slot.parity});
-      read(work + slot.index, last ? kNoWork : t);
+      program.push_back({Op::begin_read, -1, work + slot.index, 0, last ? kNoWork : t});
       if (last) return program;
-      program.push_back({Op::arrive, k_free + slot.index});
-      for (int i = 0; i < steps[t]; ++i, parity_of_step ^= 1) {
+      for (int i = 0; i < steps[t]; ++i) {
+        if (lists) {
+          program.push_back({Op::wait, noted(notes.stage), -1, notes.parity});
+          read(note(notes.stage), value(t, i, 6));
+          notes.advance();
+        }
+        if (i > 0) see_added(t, i - 1);
         program.push_back({Op::write, -1, told(consumer), 0, value(t, i, 7)});
         program.push_back({Op::arrive, turn(consumer)});
-        program.push_back({Op::wait, added(consumer), -1, parity_of_step});
-        for (int w = 0; w < kWarps / 2; ++w) read(dq(consumer * kWarps / 2 + w), value(t, i, 7));
       }
+      program.push_back({Op::end_read, -1, work + slot.index});
+      program.push_back({Op::arrive, k_free + slot.index});
+      if (steps[t] > 0) see_added(t, steps[t] - 1);
     }
   }
 
@@ -143,8 +163,9 @@ struct Backward : Machine {
     return program;
   }
 
-  static Program producer(const std::vector<int>& steps, bool lists, int slots) {
+  static Program producer(const std::vector<int>& steps, With with, int slots) {
     Program program;
+    bool const lists = with.lists;
     auto wait = [&](int barrier, uint32_t parity) {
       program.push_back({Op::wait, barrier, -1, parity});
     };
@@ -180,6 +201,7 @@ struct Backward : Machine {
       for (int i = 0; i < steps[t]; ++i) {
         wait(free_(ring.stage), ring.parity);
         program.push_back({Op::write, -1, note(ring, 1), 0, value(t, i, 6)});
+        if (lists && with.turns) program.push_back({Op::arrive, noted(slot_of(ring, 1))});
         load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
         if (i == 0) {
           wait(v_free, parity ^ 1);
@@ -439,17 +461,17 @@ struct Backward : Machine {
 
 template <int kStages>
 void play(Steps kind, std::mt19937& random) {
-  for (int trial = 0; trial < 120; ++trial) {
+  for (int trial = 0; trial < 160; ++trial) {
     std::vector<int> steps(std::uniform_int_distribution<int>(1, 5)(random));
     for (int& n : steps) n = std::uniform_int_distribution<int>(0, 5)(random);
     bool const can = kind == Steps::by_keys || kStages == 3;
-    With const with[] = {With::nothing, With::lists, can ? With::turns : With::nothing};
-    int const tiles_of_k = kind == Steps::by_keys ? 1 + trial / 3 % 2 : 1;
+    With const with{trial % 2 == 1 && can, trial / 2 % 2 == 1};
+    int const tiles_of_k = kind == Steps::by_keys ? 1 + trial / 4 % 2 : 1;
     auto const consumer = [&] { return std::uniform_int_distribution<int>(-1, 1)(random); };
-    bool const passes = kind == Steps::by_keys && with[trial % 3] != With::lists;
+    bool const passes = kind == Steps::by_keys && !with.lists;
     typename Backward<kStages>::Passed passed;
     if (passes) passed = {consumer(), consumer()};
-    Backward<kStages> machine(kind, steps, with[trial % 3], tiles_of_k, passed, random() % 2);
+    Backward<kStages> machine(kind, steps, with, tiles_of_k, passed, random() % 2);
     CHECK(machine.run(random));
   }
 }
@@ -468,7 +490,7 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
   std::mt19937 random(2);
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_keys, {5}, With::nothing);
+        Backward<2> machine(Steps::by_keys, {5}, With{});
         for (Program& program : machine.programs)
           for (Op& op : program)  // waits for a phase that is always over
             if (op.kind == Op::wait && op.barrier >= Backward<2>::ds_free &&
@@ -479,7 +501,7 @@ TEST("the model notices a buffer of dS that is overwritten too early") {
       random));
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_gradient, {5}, With::nothing);
+        Backward<2> machine(Steps::by_gradient, {5}, With{});
         for (Program& program : machine.programs)
           for (Op& op : program)
             if (op.buffer >= Backward<2>::ds(1, 0) && op.buffer < Backward<2>::ds(2, 0))
@@ -494,7 +516,7 @@ TEST("the model notices V that is fetched while a gradient is still on its way t
   for (int tiles_of_k : {1, 2})
     CHECK(caught(
         [=] {
-          Backward<2> machine(Steps::by_keys, {2, 2}, With::nothing, tiles_of_k);
+          Backward<2> machine(Steps::by_keys, {2, 2}, With{}, tiles_of_k);
           for (size_t a = 1; a < machine.programs.size(); ++a)
             for (size_t i = 1; i < machine.programs[a].size(); ++i) {
               Op& op = machine.programs[a][i];
@@ -511,10 +533,24 @@ TEST("the model notices a consumer that passes over the first step and lets nobo
   std::mt19937 random(5);
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_keys, {3}, With::nothing, 1, {0, -1});
+        Backward<2> machine(Steps::by_keys, {3}, With{}, 1, {0, -1});
         for (Program& program : machine.programs)
           std::erase_if(program, [](Op const& op) {
             return op.kind == Op::arrive && op.barrier == Backward<2>::head_start;
+          });
+        return machine;
+      },
+      random));
+}
+
+TEST("the model notices notes that are read before they are there") {
+  std::mt19937 random(7);
+  CHECK(caught(
+      [] {
+        Backward<2> machine(Steps::by_keys, {5}, With{true, true});
+        for (Program& program : machine.programs)
+          std::erase_if(program, [](Op const& op) {
+            return op.kind == Op::wait && op.barrier >= Backward<2>::noted(0);
           });
         return machine;
       },
@@ -525,7 +561,7 @@ TEST("the model notices a stage released before dK has read it") {
   std::mt19937 random(3);
   CHECK(caught(
       [] {
-        Backward<2> machine(Steps::by_keys, {6}, With::nothing);
+        Backward<2> machine(Steps::by_keys, {6}, With{});
         for (size_t a = 1; a < machine.programs.size(); ++a)
           for (size_t i = 1; i < machine.programs[a].size(); ++i) {
             Op& op = machine.programs[a][i];

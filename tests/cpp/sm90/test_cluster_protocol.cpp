@@ -27,15 +27,17 @@ struct Pair : Machine {
     met,  // the four warps of the second consumer
     taken_ready,
     taken_free,
-    turn,              // of the first consumer; that of the second one follows
-    added = turn + 2,  // the same
-    stages = added + 2,
+    turn,               // of the first consumer; that of the second one follows
+    added = turn + 2,   // the same
+    noted = added + 2,  // with block lists: the note of a step is there
+    stages = noted + 2 * kStages,
     kBarriers = stages + 3 * kStages
   };
   static constexpr int q_ready(int s) { return stages + s; }
   static constexpr int dout_ready(int s) { return stages + kStages + s; }
   static constexpr int free_(int s) { return stages + 2 * kStages + s; }
-  enum BufferId { k, v, peer_k, work, taken, tiles, kBuffers = tiles + 2 * kStages + 18 };
+  enum BufferId { k, v, peer_k, work, taken, note, tiles = note + 2 * kStages };
+  static constexpr int kBuffers = tiles + 2 * kStages + 18;
   static constexpr int q(int s) { return tiles + s; }
   static constexpr int dout(int s) { return tiles + kStages + s; }
   // A warp's part of dS, in whose place its part of P lies at first; and of the other block's. The
@@ -48,7 +50,12 @@ struct Pair : Machine {
 
   static int value(int tile, int step, int tensor) { return (tile * 64 + step) * 8 + tensor; }
 
-  // ordered: tiles are taken, and dQ is added to in a fixed order.
+  // In what place of its ring the note of the ring's step is.
+  static int slot(const Ring<kStages>& ring, uint32_t first_lap) {
+    return ring.stage + static_cast<int>(ring.parity ^ first_lap) * kStages;
+  }
+
+  // ordered: tiles are taken, and dQ is added to in a fixed order, with block lists.
   Pair(const std::vector<int>& real_steps, bool ordered) {
     std::vector<int> steps{0};  // the rehearsal
     steps.insert(steps.end(), real_steps.begin(), real_steps.end());
@@ -131,6 +138,10 @@ struct Pair : Machine {
         load(k_ready, k, value(t, 0, 0));
         for (int i = 0; i < steps[t]; ++i, ring.advance()) {
           wait(free_(ring.stage), ring.parity);
+          if (ordered) {
+            write(note + slot(ring, 1), value(t, i, 6));
+            arrive(noted + slot(ring, 1));
+          }
           load(q_ready(ring.stage), q(ring.stage), value(t, i, 2));
           if (i == 0) {
             wait(v_free, parity ^ 1);
@@ -154,18 +165,27 @@ struct Pair : Machine {
 
     Program program(const std::vector<int>& steps) {
       uint32_t parity = 0, parity_of_step = 0;
+      auto notes = Ring<2 * kStages>::consumer();
+      auto see_added = [&](int t, int i) {
+        wait(added + consumer, parity_of_step);
+        parity_of_step ^= 1;
+        for (int w = 0; w < 4; ++w) read(dq(4 * consumer + w), value(t, i, 7));
+      };
       for (int t = 0;; ++t, parity ^= 1) {
         bool const last = t == static_cast<int>(steps.size());
         wait(k_ready, parity);
-        read(work, last ? kNoWork : t);
+        begin(work, last ? kNoWork : t);
         if (last) return out;
-        arrive(k_free);
-        for (int i = 0; i < steps[t]; ++i, parity_of_step ^= 1) {
+        for (int i = 0; i < steps[t]; ++i, notes.advance()) {
+          wait(noted + notes.stage, notes.parity);
+          read(note + notes.stage, value(t, i, 6));
+          if (i > 0) see_added(t, i - 1);
           write(told(consumer), value(t, i, 7));
           arrive(turn + consumer);
-          wait(added + consumer, parity_of_step);
-          for (int w = 0; w < 4; ++w) read(dq(4 * consumer + w), value(t, i, 7));
         }
+        end(work);
+        arrive(k_free);
+        if (steps[t] > 0) see_added(t, steps[t] - 1);
       }
     }
   };
@@ -197,6 +217,7 @@ struct Pair : Machine {
       wait(q_ready(ring.stage), ring.parity);
       begin(q(ring.stage), value(t, i, 2));
       begin(k, value(t, 0, 0));
+      if (ordered) read(note + slot(ring, 0), value(t, i, 6));
     }
     void end_s(int stage) {
       end(q(stage));
@@ -206,6 +227,7 @@ struct Pair : Machine {
       wait(dout_ready(ring.stage), ring.parity);
       begin(dout(ring.stage), value(t, i, 3));
       begin(v, value(t, 0, 1));
+      if (ordered) read(note + slot(ring, 0), value(t, i, 6));
     }
     void end_dp(int stage) {
       end(dout(stage));
