@@ -25,7 +25,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-cpp test-python test-abi sanitize wheel venv lint format bench clean
+.PHONY: help demo test test-cpp test-python test-abi sanitize aarch64 wheel venv lint format bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,15 @@ sanitize: .venv/.ready ## C++ tests of the CPU core under address and undefined-
 	  -DFLASHCORE_SANITIZE=address,undefined > build/sanitize.log
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure --output-junit $(CURDIR)/build/sanitize.xml
+
+aarch64: .venv/.ready ## C++ tests for AArch64 (NEON), emulated; needs g++-aarch64-linux-gnu and qemu-user
+	@mkdir -p build
+	cmake -S . -B build/aarch64 -G Ninja -DFLASHCORE_CUDA=off -DFLASHCORE_TESTS=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu" > build/aarch64.log
+	cmake --build build/aarch64
+	ctest --test-dir build/aarch64 --output-on-failure
 
 # ---- the rest -----------------------------------------------------------------------------------
 

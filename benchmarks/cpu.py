@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import plots, side_effects
-from benchmarks.peaks import cpu_name, cpu_peaks
+from benchmarks.peaks import cpu_name, cpu_peaks, torch_matmul
 from benchmarks.peers_cpu import PEERS
 from benchmarks.problems import SHORT_DTYPE, Problem, cpu_backward, cpu_forward
 from benchmarks.workers import Sample, Workers
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     result = {
         "device": cpu_name(),
         "versions": versions(),
-        "peaks": cpu_peaks(),
+        "peaks": cpu_peaks() | torch_matmul(),
         "cells": cells,
     }
     path = options.out / options.name
@@ -203,6 +203,8 @@ def ratio_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     row("bf16 causal / openvino", ">= 2", "fwd", ["openvino"], **bf16, **causal)
     row("bf16 / torch", ">= 3.7", "fwd", ["torch"], decode=False, **bf16)
     share("bf16 full / bf16 dot peak, 1T", "", "bf16_avx512", **bf16, **full)
+    share("bf16 full / torch's bf16 matmul, 1T", ">= 0.80", "torch_bf16_matmul", **bf16, **full)
+    share("bf16 causal / torch's bf16 matmul, 1T", ">= 0.70", "torch_bf16_matmul", **bf16, **causal)
     row("fp16 / torch", ">= 2.5", "fwd", ["torch"], decode=False, **fp16)
     row("one query, fp32 / torch", ">= 4", "fwd", ["torch"], decode=True, **fp32)
     row("one query, bf16 / torch", ">= 15", "fwd", ["torch"], decode=True, **bf16)

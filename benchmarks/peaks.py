@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,24 @@ def cpu_peaks() -> dict[str, float]:
             return {}
         lines = subprocess.run([binary], check=True, capture_output=True, text=True).stdout
     return {name: float(value) for name, value in (line.split() for line in lines.splitlines())}
+
+
+def torch_matmul() -> dict[str, float]:
+    """torch's bfloat16 product of 2048 x 2048 matrices on one core, or {} without torch."""
+    code = """
+import os, time, torch
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+torch.set_num_threads(1)
+a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+seconds = []
+for _ in range(12):
+    start = time.process_time()
+    a @ b
+    seconds.append(time.process_time() - start)
+print(2 * 2048**3 / sorted(seconds)[len(seconds) // 2] * 1e-9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return {"torch_bf16_matmul": float(done.stdout)} if done.returncode == 0 else {}
 
 
 def cpu_name() -> str:
