@@ -9,6 +9,8 @@
 // in resonance (balanced_section below), and the last section falls: the launch ends on short
 // tiles.
 #pragma once
+#include <initializer_list>
+
 #include "tile/divisor.h"
 
 namespace flashcore::tile {
@@ -128,6 +130,18 @@ constexpr int balanced_section(const TileScheduler& s, int largest, int group, i
     }
   }
   return best;
+}
+
+// The width nearest to `width` of which all sections are, since a last one with fewer heads takes
+// longer for each; and, if they alternate, with which as many fall as rise, or the launch ends on
+// tiles of one kind. `width` itself if there is none within a factor of two.
+constexpr int even_width(int pairs, int width, bool alternate) {
+  for (int off = 0; off <= width; ++off)
+    for (int const sign : {1, -1}) {
+      int const n = width + sign * off;
+      if (n > 0 && 2 * n >= width && pairs % n == 0 && !(alternate && pairs / n % 2)) return n;
+    }
+  return width;
 }
 
 }  // namespace flashcore::tile

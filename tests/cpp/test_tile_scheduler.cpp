@@ -96,4 +96,30 @@ TEST("a section is whole groups, fits the budget when one group does, and never 
         }
 }
 
+TEST(
+    "sections of an even width are alike, as many fall as rise, and it is the nearest such width") {
+  for (bool alternate : {false, true})
+    for (int pairs = 1; pairs <= 70; ++pairs)
+      for (int width = 1; width <= pairs; ++width) {
+        auto const even = [&](int n) {
+          TileScheduler const s{4, 1, pairs, n};
+          int falling = 0;
+          for (int i = 0; i < s.num_sections; ++i) falling += !s.rises(i);
+          return static_cast<int>(s.last_pairs) == n &&
+                 (!alternate || 2 * falling == s.num_sections);
+        };
+        int const got = tile::even_width(pairs, width, alternate);
+        bool any = false;
+        for (int n = (width + 1) / 2; n <= min_of(2 * width, pairs); ++n) {
+          if (!even(n)) continue;
+          any = true;
+          CHECK(std::abs(got - width) <= std::abs(n - width));
+        }
+        if (any)
+          CHECK(even(got));
+        else
+          CHECK_EQ(got, width);
+      }
+}
+
 TEST_MAIN()

@@ -2,30 +2,22 @@
 #include <string>
 #include <vector>
 
-#include "common/memo.h"
 #include "common/text.h"
 #include "flashcore/flashcore.h"
 #include "sm90/backend.h"
 #include "sm90/bwd/config.h"
+#include "sm90/bwd/division.h"
 #include "sm90/bwd/list_steps.h"
 #include "sm90/bwd/query_blocks.h"
+#include "sm90/bwd/schedule.h"
 #include "sm90/order.h"
 #include "sm90/tensor_map.h"
-#include "tile/block_range.h"
 
 namespace flashcore::sm90::bwd {
 namespace {
 
-// Queries, dO and the sums of dQ of the heads that run at the same time should stay in L2 (60 MB on
-// an H200, in two halves that may both hold a line).
-constexpr int64_t kL2Budget = int64_t{16} << 20;
-
 // Most bytes of Q, K and V that preprocess asks L2 for: half of what that holds.
 constexpr int64_t kPrefetched = int64_t{32} << 20;
-
-// What a tile costs besides its query blocks, in query blocks: K and V, the first scores, dK and
-// dV.
-constexpr double kTileOverhead = 2.0;
 
 struct Instance {
   BwdConfig config;
@@ -66,60 +58,8 @@ std::string misfit_blocks(const BwdConfig& c, const Problem& p) {
   return {};
 }
 
-// A packed tensor is one long sequence to whoever copies it.
-int64_t batch_q(const Problem& p) { return p.cu_seqlens_q ? 1 : p.batch; }
-int64_t batch_k(const Problem& p) { return p.cu_seqlens_k ? 1 : p.batch; }
-int64_t rows_q(const Problem& p) { return p.cu_seqlens_q ? p.total_q : p.seqlen_q; }
-int64_t rows_k(const Problem& p) { return p.cu_seqlens_k ? p.total_k : p.seqlen_k; }
-
 // What only kernels with terms compute.
 bool has_terms(const Problem& p) { return p.softcap > 0 || p.alibi_slopes || p.dropout_threshold; }
-
-// The key tiles there are; for a packed batch a bound.
-int64_t most_tiles(const BwdConfig& c, const Problem& p) {
-  if (rows_k(p) == 0) return 0;
-  return p.num_heads_kv * (p.cu_seqlens_k ? p.total_k / c.block_n + p.batch
-                                          : p.batch * ceil_div<int64_t>(p.seqlen_k, c.block_n));
-}
-
-// Heads of equal length that come out even, and of which those in the making stay in L2: dQ needs
-// no clearing and no third launch then: 7 to 12 % of head dim 64 at length 512. With a mask half
-// is in use at a time. Clusters took longer.
-bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
-  constexpr int64_t kBytes = int64_t{36} << 20;
-  constexpr int kTiles = 4;
-  if (p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || p.q_blocks ||
-      c.cluster() > 1 || p.seqlen_k > kTiles * c.block_n)
-    return false;
-  int64_t const pairs = p.batch * p.num_heads_kv;
-  int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
-                        ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-  return pairs >= processors && round_up<int64_t>(pairs, processors) * 9 <= pairs * 10 &&
-         bytes <= (p.window.open() ? kBytes : 2 * kBytes);
-}
-
-// How large a head's table of neighbours is. A list names no more blocks than the rows have, except
-// of a packed sequence, which may be longer than the caller says.
-struct TableSize {
-  int64_t lists, visits, tiles;
-  int64_t entries() const { return lists * visits * tiles; }
-  int64_t bytes() const { return entries() * int64_t{sizeof(Neighbours)}; }
-};
-TableSize table_of(const BwdConfig& c, const Problem& p) {
-  int64_t visits = p.q_capacity * (p.block_q / c.block_m);
-  int64_t tiles = NeighbourTable::tiles_in(p.block_k, c.block_n);
-  if (!p.cu_seqlens_q) visits = min_of(visits, ceil_div<int64_t>(p.seqlen_q, c.block_m));
-  if (!p.cu_seqlens_k) tiles = min_of(tiles, ceil_div<int64_t>(p.seqlen_k, c.block_n));
-  return {ceil_div<int64_t>(p.seqlen_k, p.block_k), visits, tiles};
-}
-
-// Whether a block takes all key tiles of a head. In a fixed order, how long packed sequences are at
-// most, which is the caller's word, must not change the order of a sum.
-bool takes_whole_heads(const BwdConfig& c, const Problem& p) {
-  int const processors = cuda::devices()[p.device_id].multiprocessors;
-  bool const one_tile = p.seqlen_k <= c.block_n && !(p.cu_seqlens_k && p.deterministic);
-  return !c.lists && (one_tile || short_heads(c, p, processors));
-}
 
 std::string refusal(const Kernel& kernel, const Problem& p) {
   BwdConfig const& c = instance_of(kernel).config;
@@ -160,9 +100,10 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   int64_t const tiles = max_of(max_of(most_tiles(c, p), p.batch * p.num_heads_q * lists),
                                p.num_heads_q * query_blocks(p, p.total_q, c.block_m));
   if (tiles > kMostTiles) return text("takes up to ", kMostTiles, " tiles, got ", tiles);
-  if (c.lists && p.deterministic && table_of(c, p).entries() > INT32_MAX)
+  int64_t const entries = c.lists && p.deterministic ? table_of(c, p).entries() : 0;
+  if (entries > INT32_MAX)
     return text("takes block masks with room for up to ", INT32_MAX, " steps of a head, got ",
-                table_of(c, p).entries());
+                entries);
   const struct {
     const char* name;
     const Rows& rows;
@@ -182,157 +123,6 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
     if (!why.empty()) return why;
   }
   return {};
-}
-
-// How a problem is divided among the blocks of a launch, and where things are in the workspace.
-struct Division {
-  int64_t head_blocks;  // query blocks of a head
-  int64_t n_blocks;     // key tiles of the longest sequence
-  int64_t steps;        // of a tile at most
-  int64_t tiles;        // of all heads; for a packed batch a bound
-  int64_t pairs;        // of batch and key head
-  int clusters;         // or blocks, if they work alone
-  bool whole_heads;
-  bool alone;               // no two tiles add to the same dQ
-  bool ordered;             // tiles add to dQ in a fixed order
-  bool counted;             // tiles are taken from a counter, not dealt out
-  bool cut;                 // a mask cuts blocks
-  bool sorted;              // tiles, by the lengths of lists
-  bool at_once;             // every tile has a cluster of its own, and few steps: finish_dq.cuh
-  bool block_slots;         // sums of dQ for the heads in the making alone, not for all
-  int64_t slot_blocks;      // query blocks of such sums
-  int64_t head_key_blocks;  // key tiles of a key head
-  // Offsets in bytes; the sums of dQ come first.
-  int64_t minus_lse, minus_delta, lse_parts, delta_parts, redo_keys, redo_queries, taken, turns,
-      order, dq_heads, neighbours, bytes;
-
-  Division(const BwdConfig& c, const Problem& p) {
-    head_blocks = query_blocks(p, p.total_q, c.block_m);
-    n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
-    steps = p.num_heads_q / p.num_heads_kv * ceil_div<int64_t>(p.seqlen_q, c.block_m);
-    pairs = p.batch * p.num_heads_kv;
-    tiles = most_tiles(c, p);
-    int const processors = cuda::devices()[p.device_id].multiprocessors;
-    whole_heads = takes_whole_heads(c, p);
-    alone = n_blocks <= 1 && !p.cu_seqlens_k;
-    ordered = p.deterministic && !whole_heads && !alone;
-    // In a fixed order, so that nobody waits for who waits; and where the host does not know what
-    // tiles cost: 12 % of a packed batch of unlike lengths.
-    bool const unlike = p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || c.lists;
-    counted = (ordered || unlike) && !whole_heads;
-    clusters = static_cast<int>(
-        min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster()));
-    // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
-    block_slots = whole_heads && !p.cu_seqlens_q;
-    slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;
-    int64_t const slots = block_slots ? clusters * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
-    int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
-    minus_lse = slots * slot_blocks * c.block_m * c.head_dim * 4;
-    minus_delta = minus_lse + rows * 4;
-    head_key_blocks = p.cu_seqlens_k ? p.total_k / c.block_n + p.batch : p.batch * n_blocks;
-    cut = !p.window.open() || (c.lists && p.block_k % c.block_n);
-    lse_parts = minus_delta + rows * 4;
-    int64_t const parts = c.stat_products() ? rows * int64_t{sizeof(StatParts)} : 0;
-    delta_parts = lse_parts + parts;
-    redo_keys = delta_parts + parts;
-    redo_queries = redo_keys + (cut ? p.num_heads_kv * head_key_blocks * 8 * c.cluster() : 0);
-    taken = redo_queries + (cut && whole_heads ? p.num_heads_q * head_blocks * 16 : 0);
-    turns = taken + (counted ? (1 + tiles) * 4 : 0);
-    order = turns + (ordered ? p.num_heads_q * head_blocks * c.kConsumers * c.cluster() * 4 : 0);
-    // A fixed order is that of the tiles; how many a packed sequence has, the device alone knows.
-    sorted = c.lists && !ordered && !p.cu_seqlens_k;
-    // Longer tiles may differ by more than FinishDq waits: most blocks would be gone.
-    constexpr int64_t kSteps = 32;
-    at_once = c.few() && tile::alike(p) && tiles <= clusters && steps > 0 && steps <= kSteps;
-    dq_heads = order + (sorted ? tiles * 4 : 0);
-    neighbours =
-        round_up<int64_t>(dq_heads + (at_once ? pairs * c.kConsumers * int64_t{sizeof(DqHead)} : 0),
-                          sizeof(Neighbours));
-    bytes = neighbours;
-    if (ordered && c.lists) bytes += p.batch * p.num_heads_q * table_of(c, p).bytes();
-  }
-};
-
-// In which order tiles are dealt or taken.
-struct Schedule {
-  tile::TileScheduler scheduler;
-  bool all_rise = false;
-};
-
-// Of sections of about so many heads: a width of which all are, since a last one with fewer heads
-// takes longer for each; and so that as many fall as rise, if they alternate, or the launch ends on
-// tiles of one kind. Without such a width within a factor of two, `width` itself.
-int even_width(int pairs, int64_t width, bool alternate) {
-  auto const even = [&](int64_t n) {
-    return n > 0 && pairs % n == 0 && (!alternate || pairs / n % 2 == 0);
-  };
-  for (int64_t off = 0; off <= width; ++off)
-    for (int64_t n : {width + off, width - off})
-      if (2 * n >= width && even(n)) return static_cast<int>(n);
-  return static_cast<int>(width);
-}
-
-// Where tiles add to dQ in a fixed order. Each is late by what the tile of its head before it is
-// and by some more, a step where they begin with the same rows; with lists, which meet anywhere, by
-// several. So the more heads take turns the better, if what they need stays in L2.
-// least: as many as run at the same time anyhow. uneven: tiles have unlike steps.
-Schedule fixed_order(const tile::TileScheduler& s, const BwdConfig& c, const Division& d,
-                     int64_t head_bytes, int64_t least, bool uneven) {
-  constexpr int kChain = 32, kChainOfLists = 4, kChainOfRising = 8;  // tiles of a head at a time
-  auto const heads_within = [&](int64_t bytes) { return bytes / max_of<int64_t>(1, head_bytes); };
-  // Falling tiles do not wait. But they are at different rows, and what one has read the next one
-  // finds in L2 only if all of it fits.
-  bool const alternate = uneven && !c.lists && least <= heads_within(2 * kL2Budget);
-  int64_t heads = 0;
-  if (alternate)
-    heads = heads_within(2 * kL2Budget);
-  else if (uneven)
-    heads = ceil_div(d.clusters, c.lists ? kChainOfLists : kChainOfRising);
-  else if (s.pairs <= heads_within(4 * kL2Budget))
-    heads = s.pairs;
-  else
-    heads = max_of(max_of(least, heads_within(kL2Budget)), ceil_div<int64_t>(d.clusters, kChain));
-  return {s.in_sections_of(even_width(s.pairs, min_of<int64_t>(s.pairs, heads), alternate)),
-          !alternate};
-}
-
-// With no mask, tiles of one head side by side: they read the same queries at the same time. With
-// one, their costs differ, and what counts is that every block is dealt its share. With lists too;
-// then the host does not know what tiles cost. Tiles that wait for one another are far apart, too:
-// those that run at the same time are then few of each head.
-Schedule order_of(const BwdConfig& c, const Problem& p, const Division& d) {
-  bool const packed = p.cu_seqlens_k != nullptr, uneven = !p.window.open() || c.lists;
-  int const pairs = static_cast<int>(packed ? p.num_heads_kv : d.pairs);
-  int64_t const group = p.num_heads_q / p.num_heads_kv;
-  tile::TileScheduler const s = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv),
-                                 pairs, 1};
-  if (!(uneven || d.ordered) || d.whole_heads || d.tiles == 0) return {s};
-  // The caller's bounds of packed lengths must not change the order of a sum.
-  bool const mean = packed && d.ordered && p.batch > 0;
-  int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
-  int64_t const n_blocks = mean ? ceil_div(rows_k(p), p.batch * c.block_n) : d.n_blocks;
-  int64_t const head_bytes = rows * group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-  // What runs at the same time anyhow: with fewer heads there is nothing to choose from.
-  int64_t const least = ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, n_blocks));
-  if (d.ordered) return fixed_order(s, c, d, head_bytes, least, uneven);
-  int const largest = static_cast<int>(min_of<int64_t>(
-      pairs, max_of<int64_t>(tile::section_pairs(head_bytes, 1, pairs, kL2Budget), least)));
-  if (packed || c.lists) return {s.in_sections_of(largest)};
-  int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
-  auto const cost = [&](int block) {
-    int64_t const key = (d.n_blocks - 1 - block) * c.block_n;
-    auto const rows =
-        tile::row_blocks<int64_t>(tile::band_of(p.window, q_offset), key,
-                                  min_of(key + c.block_n, p.seqlen_k), p.seqlen_q, c.block_m);
-    return static_cast<double>((rows.last - rows.first) * group) + kTileOverhead;
-  };
-  // The search takes tens of microseconds, the rest of a call two.
-  thread_local Memo<int, 11> known;
-  int const even =
-      known.get({c.block_m, c.block_n, p.seqlen_q, p.seqlen_k, p.window.left, p.window.right,
-                 q_offset, pairs, largest, group, d.clusters},
-                [&] { return tile::balanced_section(s, largest, 1, d.clusters, cost); });
-  return {s.in_sections_of(even)};
 }
 
 void plan(const Kernel& kernel, const Problem& p, Plan& plan) {
@@ -427,8 +217,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     if (d.ordered)
       params.neighbours = {reinterpret_cast<Neighbours*>(part(d.neighbours)),
                            static_cast<int>(p.num_heads_q), params.kept_queries.lists,
-                           static_cast<int>(table_of(c, p).visits),
-                           static_cast<int>(table_of(c, p).tiles)};
+                           static_cast<int>(d.table.visits), static_cast<int>(d.table.tiles)};
   }
   if (d.at_once && p.dq) params.dq_heads = reinterpret_cast<DqHead*>(part(d.dq_heads));
   if (d.counted) {
@@ -493,9 +282,9 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.whole_heads = d.whole_heads;
   params.plain = params.alike && !d.whole_heads && !params.taken;
   params.pairs = static_cast<int>(d.pairs);
-  Schedule const order = order_of(c, p, d);
-  params.scheduler = order.scheduler;
-  params.all_rise = order.all_rise;
+  Schedule const schedule = schedule_of(c, p, d);
+  params.scheduler = schedule.scheduler;
+  params.all_rise = schedule.all_rise;
   if (params.neighbours.entries)
     find_neighbours(params, c.block_m, c.block_n, static_cast<cudaStream_t>(stream));
   if (d.sorted)
