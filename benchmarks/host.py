@@ -10,15 +10,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 
 import flashcore as fc
+from benchmarks.gpu import commit, nvidia_smi
 from benchmarks.host_jax import jax_calls
+from benchmarks.peaks import cpu_name
 
 SHAPE = (1, 1, 1, 8)  # (batch, seqlen, heads, head_dim)
 CUDA_SHAPE = (1, 1, 1, 64)  # a head_dim that every library beside takes
@@ -63,8 +67,24 @@ def run(options: argparse.Namespace) -> None:
             "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
         )  # the others need memory too
         groups.append(Group(jax_calls(options.device, shape)))
+    print(heading(cuda, calls, options.rounds))
     for line in table(groups, measure(groups, calls, options.rounds, wait)):
         print(line)
+
+
+def heading(cuda: bool, calls: int, rounds: int) -> str:
+    found = []
+    for name in ("torch", "numpy", "cupy-cuda13x", "cupy", "jax", "flash-attn-4"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    device = f"{nvidia_smi('name')}, driver {nvidia_smi('driver_version')}, " if cuda else ""
+    return (
+        f"# What a call costs: {device}{cpu_name()}\n\nflashcore-attention {fc.__version__}, commit "
+        f"{commit()}, Python {platform.python_version()}, {', '.join(found)}. {rounds} rounds of "
+        f"{calls} calls of each, in turns.\n"
+    )
 
 
 def torch_groups(device: str, shape: tuple[int, ...]) -> list[Group]:

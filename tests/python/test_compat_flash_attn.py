@@ -53,7 +53,7 @@ def test_signature(name):
     parameters = inspect.signature(getattr(fa, name)).parameters
     assert list(parameters) == list(SIGNATURES[name])
     assert {n: p.default for n, p in parameters.items()} == SIGNATURES[name]
-    assert name in fa.__all__ and len(fa.__all__) == len(SIGNATURES)
+    assert set(fa.__all__) == {*SIGNATURES, "explain"}
 
 
 def test_values_and_gradients():
@@ -206,3 +206,32 @@ def test_a_refused_call_leaves_the_cache_alone(wrong):
     with pytest.raises(fc.Error):
         fa.flash_attn_with_kvcache(new, cache, cache, k=new, v=new, **{"cache_seqlens": 1, **wrong})
     assert not cache.any()
+
+
+def test_explain():
+    q, k, v = doubles((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
+    for direction, short in (("forward", "fwd"), ("backward", "bwd")):
+        options = {"causal": True, "window_size": (3, 0), "softcap": 2.0}
+        plan = fa.explain(fa.flash_attn_func, q, k, v, 0.1, direction=direction, **options)
+        want = ft.explain(q, k, v, dropout_p=0.1, direction=direction, **options)
+        assert plan.kernel == want.kernel and f"-{short}-" in plan.kernel
+        assert plan.workspace_bytes == want.workspace_bytes
+    assert fa.explain(fa.flash_attn_qkvpacked_func, q.new_zeros(1, 4, 3, 2, 8)).kernel
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packed = q.new_zeros(5, 3, 2, 8)
+    assert fa.explain(fa.flash_attn_varlen_qkvpacked_func, packed, cu, 3).kernel
+    assert fa.flash_attn_func(q, k, v).shape == q.shape  # calls run again
+
+    with pytest.raises(fc.UnsupportedError, match="return_attn_probs"):
+        fa.explain(fa.flash_attn_func, q, k, v, 0.1, return_attn_probs=True)
+    assert fa.flash_attn_func(q, k, v).shape == q.shape
+
+
+def test_explain_leaves_a_cache_as_it_was():
+    q, k, cache = doubles((2, 1, 4, 8), (2, 1, 2, 8), (2, 9, 2, 8))
+    q, k, cache = (x.detach() for x in (q, k, cache))
+    before = cache.clone()
+    options = {"k": k, "v": k, "cache_seqlens": torch.tensor([3, 8], dtype=torch.int32)}
+    plan = fa.explain(fa.flash_attn_with_kvcache, q, cache, cache, **options)
+    assert plan.kernel and torch.equal(cache, before)
+    assert fa.explain(fa.flash_attn_with_kvcache, q, cache, cache).kernel == plan.kernel

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -808,8 +809,18 @@ def test_values(options: dict[str, Any], message: str) -> None:
         fc.attention(*inputs(), **options)
 
 
-@pytest.mark.parametrize("stream", [0, 1, 12345])
-def test_a_stream_for_arrays_on_the_cpu(stream: int) -> None:
+@pytest.mark.parametrize(
+    "stream",
+    [
+        0,
+        1,
+        12345,
+        SimpleNamespace(cuda_stream=12345),  # torch.cuda.Stream
+        SimpleNamespace(__cuda_stream__=lambda: (0, 12345)),  # cuda.core, CuPy
+    ],
+    ids=["default", "legacy", "raw", "torch", "cuda.core"],
+)
+def test_a_stream_for_arrays_on_the_cpu(stream: Any) -> None:
     q, k, v = inputs()
     message = r"stream was given but q is on the CPU.*leave stream out"
     with pytest.raises(fc.ArgumentError, match=r"\[attention\] " + message):

@@ -10,15 +10,20 @@ dropout, block_table, rotary, cache_batch_idx and cache_leftpad raise Unsupporte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import flashcore as fc
-from flashcore.torch import attention, explain
+from flashcore.torch import attention
+from flashcore.torch import explain as explain_attention
 
 __all__ = [
+    "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -29,6 +34,25 @@ __all__ = [
 ]
 
 Window = tuple[int, int]
+
+# The direction whose plan calls return; empty: they run.
+_explained: ContextVar[str] = ContextVar("_explained", default="")
+
+
+def explain(
+    function: Callable[..., Any], *args: Any, direction: str = "forward", **kwargs: Any
+) -> fc.Plan:
+    """What a call of one of these functions would run: explain(flash_attn_func, q, k, v, ...).
+
+    Computes nothing and writes nothing, not into a cache either. direction: "forward" or
+    "backward"; see `flashcore.explain`.
+    """
+    before = _explained.set(direction)
+    try:
+        plan: fc.Plan = function(*args, **kwargs)
+        return plan
+    finally:
+        _explained.reset(before)
 
 
 def flash_attn_func(
@@ -208,6 +232,10 @@ def flash_attn_with_kvcache(
     _refuse(name, "block_table", block_table, "a cache (B, capacity, Hkv, D)")
     if (k is None) != (v is None):
         raise fc.ArgumentError(f"[{name}] k and v must be given together, got only one")
+    call = partial(
+        _call, name, q, k_cache, v_cache, 0.0, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, False, True, num_splits=num_splits,
+    )  # fmt: skip
     with torch.no_grad():
         capacity = k_cache.shape[1]
         filled = capacity if cache_seqlens is None else cache_seqlens
@@ -228,11 +256,9 @@ def flash_attn_with_kvcache(
                     f"[{name}] cache_seqlens must be within 0..{capacity - new}, the cache's "
                     f"{capacity} positions less the {new} of k, got {filled.tolist()}"
                 )
-            plan = explain(  # a refused call leaves the cache as it was
-                q, k_cache, v_cache, scale=softmax_scale, causal=causal,
-                window_size=(window_size[0], window_size[1]), softcap=softcap,
-                alibi_slopes=alibi_slopes, seqlens_k=filled, num_splits=num_splits,
-            )  # fmt: skip
+            plan = explain(call, seqlens_k=filled)  # a refused call leaves the cache as it was
+            if _explained.get():
+                return plan
             if not plan.kernel:
                 raise fc.UnsupportedError(f"[{name}] no kernel can run this call: {plan}")
             rows = torch.arange(q.shape[0], device=q.device)[:, None]
@@ -240,11 +266,10 @@ def flash_attn_with_kvcache(
             k_cache[rows, places] = k
             v_cache[rows, places] = v
             filled = filled + new
-        out, lse, _ = _call(
-            name, q, k_cache, v_cache, 0.0, softmax_scale, causal, window_size, softcap,
-            alibi_slopes, False, True, seqlens_k=filled, num_splits=num_splits,
-        )  # fmt: skip
-    return (out, lse) if return_softmax_lse else out
+        result = call(seqlens_k=filled)
+    if _explained.get():
+        return result
+    return result[:2] if return_softmax_lse else result[0]
 
 
 def _call(
@@ -268,18 +293,19 @@ def _call(
             "kept. flashcore.dropout_mask gives the entries that flashcore.torch.attention(rng=) "
             "drops, and dropout_p=0 the lse"
         )
-    result = attention(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),  # as flash-attn does
-        dropout_p=dropout_p,
-        scale=softmax_scale,
-        causal=causal,
-        window_size=(window_size[0], window_size[1]),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_lse=return_attn_probs,
-        **options,
-    )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as flash-attn does
+    options |= {
+        "dropout_p": dropout_p,
+        "scale": softmax_scale,
+        "causal": causal,
+        "window_size": (window_size[0], window_size[1]),
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic,
+    }
+    if _explained.get():
+        return explain_attention(q, k, v, direction=_explained.get(), **options)
+    result = attention(q, k, v, return_lse=return_attn_probs, **options)
     if not return_attn_probs:
         return result
     lse = torch.where(result.lse == -torch.inf, torch.inf, result.lse)

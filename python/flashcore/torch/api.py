@@ -113,6 +113,8 @@ def attention(
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> fc.Plan:
     """`flashcore.explain` for tensors that may require grad."""
+    if options.get("dropout_p") and options.get("rng") is None:
+        options["rng"] = (0, 0)  # `attention` draws them; which they are changes no plan
     with torch.no_grad():
         return fc.explain(q, k, v, **options)
 
