@@ -81,9 +81,10 @@ def heading(cuda: bool, calls: int, rounds: int) -> str:
             continue
     device = f"{nvidia_smi('name')}, driver {nvidia_smi('driver_version')}, " if cuda else ""
     return (
-        f"# What a call costs: {device}{cpu_name()}\n\nflashcore-attention {fc.__version__}, commit "
-        f"{commit()}, Python {platform.python_version()}, {', '.join(found)}. {rounds} rounds of "
-        f"{calls} calls of each, in turns.\n"
+        f"# What a call costs: {device}{cpu_name()}\n\n"
+        f"flashcore-attention {fc.__version__}, commit {commit()}, "
+        f"Python {platform.python_version()}, {', '.join(found)}. "
+        f"{rounds} rounds of {calls} calls of each, in turns.\n"
     )
 
 

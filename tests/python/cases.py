@@ -40,6 +40,7 @@ class Case:
     packed_k: tuple[int, ...] | None = None
     scale: float | None = None
     out_dtype: str = ""
+    fixed: bool = False  # the order of sums; a backward test that heeds it says deterministic=True
 
     def __str__(self) -> str:
         parts = [self.dtype, f"b{self.b}", f"q{self.q}k{self.k}", f"h{self.h[0]}x{self.h[1]}"]

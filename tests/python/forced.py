@@ -70,6 +70,8 @@ GPU = [
     Case("many tiles, causal", b=3, q=130, k=100, h=(50, 50), causal=True),
     Case("many tiles, causal, long keys", q=130, k=1700, h=(70, 1), causal=True),
     Case("many tiles, causal, very long keys", q=130, k=5000, h=(70, 1), causal=True),
+    Case("in a fixed order", b=1, q=400, k=250, fixed=True),
+    Case("in a fixed order, many tiles", b=1, q=400, k=256, h=(70, 70), fixed=True),
 ]
 
 
@@ -94,6 +96,7 @@ def run(kernel: fc.Kernel, case: Case, to_device: Callable[[Any], Any] = lambda 
     arrays, values = case.arrays(), case.options()
     options = {name: to_device(x) for name, x in values.items()}
     q, k, v = (to_device(arrays[name]) for name in "qkv")
+    options["deterministic"] = case.fixed
     plan = fc.explain(q, k, v, direction=kernel.direction, **options)
     if plan.kernel != kernel.name:
         return False

@@ -12,7 +12,7 @@ from test_sm90_forward import PACKED, PLAIN, VARIANTS, random_case
 
 import flashcore as fc
 from flashcore import reference
-from flashcore.testing import assert_grads_close_to_reference
+from flashcore.testing import assert_grads_close_to_reference, assert_within_rule, to_numpy
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
@@ -68,7 +68,7 @@ class Call:
 
 
 def check(case: Case) -> Call:
-    """Against the definition in float64, with the gradient of lse; and in a fixed order."""
+    """Against the definition in float64, dlse too; and 30 times in a fixed order."""
     call = Call(case)
     dlse = call.arrays["dlse"].astype(np.float32)
     grads = call.run(dlse=on_gpu(dlse))
@@ -76,7 +76,8 @@ def check(case: Case) -> Call:
     call.check(grads, dlse=dlse)
     first = call.run(deterministic=True, dlse=on_gpu(dlse))
     call.check(first, dlse=dlse)
-    assert_same_bits(first, call.run(deterministic=True, dlse=on_gpu(dlse)))
+    for _ in range(30):
+        assert_same_bits(first, call.run(deterministic=True, dlse=on_gpu(dlse)))
     return call
 
 
@@ -229,6 +230,35 @@ def test_deterministic_on_two_streams(d, options):
     torch.cuda.synchronize()
     for got in grads:
         assert_same_bits(want, got)
+
+
+@pytest.mark.parametrize("d", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"h": (16, 8)}], ids=str)
+def test_deterministic_in_laps(d, options):
+    """Tiles that go round the query blocks: all of a launch must run at once, beside another one
+    and in a graph."""
+    call = Call(Case("laps", dtype="bf16", q=1990, k=2000, h=(16, 16), d=d).but(**options))
+    t = call.tensors
+    inputs = [t[name] for name in ("dout", "q", "k", "v", "out", "lse")]
+    plan = fc.explain(*inputs[1:4], direction="backward", deterministic=True)
+    assert "-laps-" in plan.kernel and plan.deterministic
+    want = call.run(deterministic=True)
+    call.check(want)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(15):
+        grads = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                grads.append(fc.attention_backward(*inputs, **call.options, deterministic=True))
+        torch.cuda.synchronize()
+        for got in grads:
+            assert_same_bits(want, got)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = fc.attention_backward(*inputs, **call.options, deterministic=True)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(want, got)
 
 
 @pytest.mark.parametrize(
@@ -750,6 +780,57 @@ def test_strides_beyond_2_to_the_31_elements(varlen):
     into = {"d" + name: far(torch.zeros_like(call.tensors[name])) for name in "qkv"}
     call.check(call.run(**into))
     call.check(call.run(**into, deterministic=True))
+
+
+def one_head(dout, q, k, v, precision):
+    """Gradients of one head of torch tensors (S, D), products in this precision."""
+    dout, q, k, v = (x.to(precision) for x in (dout, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    p = torch.softmax((q @ k.T).double() * scale, -1)
+    dp = (dout @ v.T).double()
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(precision)
+    return ds @ k, ds.T @ q, p.to(precision).T @ dout
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("long", ["q", "k"])
+def test_more_rows_than_2_to_the_31_elements(long, fixed):
+    rows, keys = (1_100_000, 60) if long == "q" else (60, 1_100_000)
+    q, dout = torch.randn(2, 1, rows, 16, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, keys, 16, 128, device="cuda", dtype=torch.bfloat16)
+    assert max(q.numel(), k.numel()) > 2**31
+    out, lse, _ = fc.attention(q, k, v, return_lse=True)
+    grads = fc.attention_backward(dout, q, k, v, out, lse, deterministic=fixed)
+    last = [x[0, :, -1] for x in (dout, q, k, v)]
+    exact, same = (one_head(*last, precision) for precision in (torch.float64, q.dtype))
+    for name, got, want, near in zip(("dq", "dk", "dv"), grads, exact, same):
+        assert_within_rule(name, *(to_numpy(x) for x in (got[0, :, -1], want, near)))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 8.0}], ids=str)
+@pytest.mark.parametrize("d", KERNELS)
+def test_memory_is_what_the_plan_says(d, options, fixed):
+    """Beyond the gradients: at most dQ in float32, in whole query blocks, and O(N)."""
+
+    def beyond(n):
+        q = torch.randn(2, n, 16, d, device="cuda", dtype=torch.bfloat16)
+        out, lse, _ = fc.attention(q, q, q, return_lse=True, **options)
+        grads = fc.attention_backward(q, q, q, q, out, lse, deterministic=fixed, **options)
+        size = sum(g.nbytes for g in grads[:3])
+        del grads
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fc.attention_backward(q, q, q, q, out, lse, deterministic=fixed, **options)
+        used = torch.cuda.max_memory_allocated() - before - size
+        plan = fc.explain(q, q, q, direction="backward", deterministic=fixed, **options)
+        assert plan.workspace_bytes <= used <= plan.workspace_bytes + 4 * 512
+        rows = 2 * 16 * (n + 128)
+        assert used <= rows * 4 * max(32, d) + rows * 64 + 2**16
+        return used
+
+    assert beyond(6000) <= 2.1 * beyond(3000)
 
 
 def test_gradients_that_are_not_asked_for_are_not_written():

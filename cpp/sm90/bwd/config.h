@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
+#include "sm90/bwd/laps.h"
 #include "sm90/bwd/neighbours.h"
 #include "sm90/bwd/stat_parts.h"
 #include "tile/block_list.h"
@@ -28,6 +29,7 @@ struct BwdConfig {
   int stages;      // query blocks (Q and dO) in flight
   Cluster divides;
   bool lists = false;  // of blocks, and a window; else only the latter
+  bool laps = false;   // for a fixed order of dQ without a mask: laps.h
 
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -49,7 +51,7 @@ struct BwdConfig {
   constexpr bool transposed_dq() const { return block_m % 64 != 0; }
   // Whole heads have other kernels: dQ of a step is added to sums, and nothing else. With block
   // lists nobody knows which tile is the first to add to a query block, or the last.
-  constexpr bool adds_only() const { return few() || transposed_dq() || lists; }
+  constexpr bool adds_only() const { return few() || transposed_dq() || lists || laps; }
   constexpr bool valid() const {
     return (dtype == DType::f16 || dtype == DType::bf16) && stages >= 2 && head_dim % 32 == 0 &&
            ((by_keys() && head_dim == head_dim_v &&
@@ -59,7 +61,8 @@ struct BwdConfig {
              head_dim == head_dim_v) ||
             (by_gradient() && block_m == 64 && head_dim == 192 &&
              (head_dim_v == 128 || head_dim_v == 192))) &&
-           !((few() || transposed_dq()) && (lists || terms));
+           !((few() || transposed_dq()) && (lists || terms)) &&
+           !(laps && (few() || lists || terms));
   }
 };
 
@@ -168,6 +171,8 @@ struct BwdParams {
   int mask_block_q;               // rows in a block of the mask
   NeighbourTable neighbours;      // in a fixed order
   const int* order;               // [batch][key head][place]: see order.h. Null: as they come
+
+  Laps laps;  // only kernels with laps look at it; m_block then counts laps
 };
 
 // After preprocess: dsinks from its statistics.

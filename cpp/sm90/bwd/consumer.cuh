@@ -35,6 +35,7 @@ struct Consumer {
   FC_DEVICE KeyPair keys(Step at) const {
     KeyPair keys(work(), warp_key() + thread_index() % 32 / 4);
     if (T::kLists && at.skips) keys.existing = 0;
+    if (T::kLaps) keys.rows = Work::kEndless;  // P of what is past the end is zero anyhow
     return keys;
   }
   // The first of the warp's sixteen keys, of the tile.

@@ -69,6 +69,11 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.adds_only() && takes_whole_heads(c, p))
     return "is for heads whose key tiles several blocks of threads share";
+  if (c.laps) {
+    if (!p.deterministic) return "adds to dQ in a fixed order, which takes longer";
+    if (lap_of(c, p) == 0)
+      return "is for a fixed order of dQ without a mask, and tiles that run at once";
+  }
   if (c.few()) {
     if (p.deterministic) return "adds to dQ in any order";
     // The longest of tiles that a mask makes unlike takes up to twice as long as the mean. Divided
@@ -220,14 +225,16 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
                            static_cast<int>(d.table.visits), static_cast<int>(d.table.tiles)};
   }
   if (d.at_once && p.dq) params.dq_heads = reinterpret_cast<DqHead*>(part(d.dq_heads));
+  if (d.ordered) params.turns = reinterpret_cast<int*>(part(d.turns));
   if (d.counted) {
     params.taken = reinterpret_cast<int*>(part(d.taken));
     params.taker = params.taken + 1;
-    if (d.ordered) params.turns = reinterpret_cast<int*>(part(d.turns));
+  }
+  if (d.counted || d.ordered) {
     if (d.sorted)
       params.order = reinterpret_cast<int*>(part(d.order));  // whoever sorts clears
     else
-      cuda::check(cudaMemsetAsync(params.taken, 0xff, static_cast<size_t>(d.order - d.taken),
+      cuda::check(cudaMemsetAsync(part(d.taken), 0xff, static_cast<size_t>(d.order - d.taken),
                                   static_cast<cudaStream_t>(stream)),
                   "flash_bwd_sm90: clearing the counter of tiles");
   }
@@ -280,11 +287,12 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
   params.rng_tensor = p.rng_tensor;
 
   params.whole_heads = d.whole_heads;
-  params.plain = params.alike && !d.whole_heads && !params.taken;
+  params.plain = params.alike && !d.whole_heads && !params.taken && !params.turns;
   params.pairs = static_cast<int>(d.pairs);
   Schedule const schedule = schedule_of(c, p, d);
   params.scheduler = schedule.scheduler;
   params.all_rise = schedule.all_rise;
+  if (d.lap > 0) params.laps = {d.lap, params.sequence_blocks};
   if (params.neighbours.entries)
     find_neighbours(params, c.block_m, c.block_n, static_cast<cudaStream_t>(stream));
   if (d.sorted)
@@ -313,8 +321,8 @@ std::vector<Kernel> table() {
     BwdConfig const& c = i.config;
     names.push_back(text("sm90-bwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v),
-                         c.lists ? "-blocks" : "", c.terms ? "-terms" : "", c.few() ? "-few-" : "-",
-                         c.block_m, "x", c.block_n));
+                         c.lists ? "-blocks" : "", c.laps ? "-laps" : "", c.terms ? "-terms" : "",
+                         c.few() ? "-few-" : "-", c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;
     info.direction = FLASHCORE_BACKWARD;

@@ -44,6 +44,20 @@ bool takes_whole_heads(const BwdConfig& c, const Problem& p) {
   return !c.lists && (one_tile || short_heads(c, p, processors));
 }
 
+int64_t lap_of(const BwdConfig& c, const Problem& p) {
+  if (!p.window.open() || !tile::alike(p) || takes_whole_heads(c, p)) return 0;
+  int64_t const workers = cuda::devices()[p.device_id].multiprocessors / c.cluster();
+  int64_t const tiles = most_tiles(c, p), n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
+  int64_t const blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
+  // Of many tiles with few steps, or short ones, enough heads take turns as it is.
+  constexpr int64_t kFewRounds = 4, kManyBlocks = 40;
+  if (tiles > kFewRounds * workers && (blocks < kManyBlocks || c.head_dim <= 64)) return 0;
+  int64_t const group = p.num_heads_q / p.num_heads_kv;
+  int64_t const head_bytes =
+      p.seqlen_q * group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+  return lap_size(n_blocks, blocks, group, p.batch * p.num_heads_kv, head_bytes, workers);
+}
+
 Division::Division(const BwdConfig& c, const Problem& p) {
   head_blocks = query_blocks(p, p.total_q, c.block_m);
   n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
@@ -57,9 +71,11 @@ Division::Division(const BwdConfig& c, const Problem& p) {
   // In a fixed order, so that nobody waits for who waits; and where the host does not know what
   // tiles cost: 12 % of a packed batch of unlike lengths.
   bool const unlike = p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || c.lists;
-  counted = (ordered || unlike) && !whole_heads;
-  clusters = static_cast<int>(
-      min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles, processors / c.cluster()));
+  lap = c.laps ? static_cast<int>(lap_of(c, p)) : 0;
+  counted = ((ordered && lap == 0) || unlike) && !whole_heads;
+  int const most = processors / c.cluster();
+  clusters = static_cast<int>(min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles,
+                                              lap > 0 ? most - most % lap : most));
   // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
   block_slots = whole_heads && !p.cu_seqlens_q;
   slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;

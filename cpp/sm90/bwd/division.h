@@ -28,6 +28,9 @@ TableSize table_of(const BwdConfig& c, const Problem& p);
 // most, which is the caller's word, must not change the order of a sum.
 bool takes_whole_heads(const BwdConfig& c, const Problem& p);
 
+// How many tiles of a head a lap has; 0: there are none. See laps.h.
+int64_t lap_of(const BwdConfig& c, const Problem& p);
+
 // How a problem is divided among the blocks of a launch, and where things are in the workspace.
 struct Division {
   int64_t head_blocks;  // query blocks of a head
@@ -39,6 +42,7 @@ struct Division {
   bool whole_heads;
   bool alone;               // no two tiles add to the same dQ
   bool ordered;             // tiles add to dQ in a fixed order
+  int lap;                  // and go round the query blocks, so many at once; 0: they do not
   bool counted;             // tiles are taken from a counter, not dealt out
   bool cut;                 // a mask cuts blocks
   bool sorted;              // tiles, by the lengths of lists

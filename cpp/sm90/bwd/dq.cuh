@@ -44,9 +44,10 @@ FC_DEVICE void add_sums(float (&dq)[N], const float* from, int quads) {
   }
 }
 
-// This thread's sums of query block m of one head, from quad kFirst of part `part` on.
+// This thread's sums of step m of one head, from quad kFirst of part `part` on.
 template <class T, int kFirst>
 FC_DEVICE float* dq_sums(const BwdParams& p, const Work& work, int part, int head, int m) {
+  if constexpr (T::kLaps) m = p.laps.block(m);
   return dq_block<T>(p, work.sums + head * p.slot_blocks + m) +
          T::Dq::offset(thread_index() - 128 + T::kConsumerThreads * T::rank_of(part)) +
          128 * kFirst;

@@ -6,7 +6,8 @@
 // memory, and what one step waits for the others do not.
 //
 // The order is that in which tiles are taken. So the earliest tile that is not done waits for
-// nobody, and no launch can hang, however few of its blocks run at the same time.
+// nobody, and no launch can hang, however few of its blocks run at the same time. Laps are dealt
+// out instead, and all blocks run at once: the earliest one that is not done waits for none else.
 #pragma once
 #include "sm90/bwd/consumer.cuh"
 #include "sm90/ptx/memory.cuh"
@@ -74,8 +75,11 @@ FC_DEVICE void keep_order(const BwdParams& p, typename T::Shared& sh, int consum
     if (!empty)
       for (int m = work.begin; m != work.end; m += work.stride)
         for (int i = 0; i < p.group; ++i)
-          turns.step(work, work.kv_head * p.group + i, m, work.waits(m),
-                     work.next(work.key / T::kBlockN));
+          if constexpr (int const n = work.key / T::kBlockN; T::kLaps)
+            turns.step(work, work.kv_head * p.group + i, p.laps.block(m), p.laps.waits(n, m),
+                       p.laps.next(n, m));
+          else
+            turns.step(work, work.kv_head * p.group + i, m, work.waits(m), work.next(n));
     sh.k_free[tiles.stage].arrive();
     if (!empty) turns.end();
   }

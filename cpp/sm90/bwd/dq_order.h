@@ -11,8 +11,11 @@
 // later keys, falling tiles meet on their own: each begins with query blocks that are new, and
 // comes to those of the one before it when that is past them. Tiles that rise all begin with the
 // last query block, each a step behind the one before it.
+//
+// Without a mask tiles may go round the query blocks instead, each from another one on (laps.h).
 #pragma once
 #include "sm90/bwd/key_tiles.h"
+#include "sm90/bwd/laps.h"
 
 namespace flashcore::sm90::bwd {
 
@@ -32,6 +35,12 @@ struct StepOrder {
     end = reversed ? rows.first - 1 : rows.last;
     fresh = rows.last;
     complete = rows.first;
+  }
+  // Of tile n, which goes round.
+  FC_HD constexpr void go_round(Laps const& laps, int n) {
+    stride = -1;
+    begin = laps.blocks + laps.begin(n);
+    end = laps.begin(n);
   }
   // Every other one of them, without an order.
   FC_HD constexpr void take_half(int rank) {

@@ -63,7 +63,8 @@ struct Kernel {
     }
     if constexpr (T::kByQueries)
       if (p.dq_heads) FinishDq<T>(p).store(sh);
-    if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
+    if constexpr (!T::kLaps)  // where no mask cuts blocks
+      if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
     if constexpr (T::kCluster > 1) cluster_sync();  // the other block may still arrive here
   }
 
@@ -190,7 +191,7 @@ struct Kernel {
     for (tile::Tile tile; tiles.next(p, T::kBlockN, tile);) {
       if (p.taken && p.taker[tiles.at() - 1] != slot) continue;
       in_order<T>(p, tile);
-      work.set<T::kByQueries>(p, tile, tiles.falling(), T::kBlockM, T::kBlockN, slot);
+      work.set<T::kByQueries, T::kLaps>(p, tile, tiles.falling(), T::kBlockM, T::kBlockN, slot);
       int const key = work.key + T::first_key(consumer, rank) + warp % 4 * 16;
       if (int const redo = *redo_keys<T>(p, work, rank, warp))
         for (int j = key; j < min_of(key + 16, work.written_k); ++j)

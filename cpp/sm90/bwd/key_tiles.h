@@ -44,6 +44,17 @@ class KeyTiles {
     return true;
   }
 
+  // The same where they are dealt out in laps, whose number in a head the scheduler's m_block is.
+  template <class P>
+  FC_HD constexpr bool next_in_laps(P const& p, tile::Tile& tile) {
+    if (at_ >= p.scheduler.num_tiles() * p.laps.tiles) return false;
+    int const lap = at_ / p.laps.tiles;
+    take(p.scheduler, lap, falls(p.scheduler, lap), tile);
+    tile.m_block = tile.m_block * p.laps.tiles + at_ - lap * p.laps.tiles;
+    at_ += blocks_;
+    return true;
+  }
+
   // Of those that are dealt out: which one next() looks at, among all. May only grow.
   FC_HD constexpr int& at() { return at_; }
   // Whether the tiles of its head fall from the last one to the first; else they rise.

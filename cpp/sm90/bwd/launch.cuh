@@ -32,7 +32,7 @@ void launch(const BwdParams& params, int blocks, int device, cudaStream_t stream
     // Else another's kernel is the one before; and clusters that fill the GPU took longer then.
     bool const early = query_blocks > 0 && (T::kCluster == 1 || kConfig.few());
     cuda::check(launch_kernel(flash_bwd_sm90<T>, params, blocks, T::kThreads, kBytes, T::kCluster,
-                              early, stream),
+                              early, stream, kConfig.laps),
                 "flash_bwd_sm90");
   }
   if (params.dq.data && !params.dq_heads && !params.whole_heads && query_blocks > 0) {

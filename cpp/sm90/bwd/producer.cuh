@@ -21,7 +21,7 @@ class Producer {
     release_registers<T::kProducerRegs>();
     if (!elect_one()) return;
     int const warp = threadIdx.x / 32;
-    bool const plain = !T::kLists && p.plain;
+    bool const plain = !T::kLists && !T::kLaps && p.plain;
     // A first tile that is dealt out is found before.
     if (warp > 0 || T::kLists || (T::kCluster > 1 && !plain)) wait_for_barriers();
     constexpr int kFirst = T::kLists ? 2 : 1;  // with block lists the first one finds tiles
@@ -128,8 +128,8 @@ class Producer {
   FC_DEVICE static void find_next(const BwdParams& p, Shared& sh, uint32_t parity, bool plain) {
     tile::Tile tile;
     if (next_tile(p, sh, tile, parity, plain))
-      sh.next.set<T::kByQueries>(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN,
-                                 blockIdx.x / T::kCluster, plain);
+      sh.next.set<T::kByQueries, T::kLaps>(p, tile, sh.tiles.falling(), T::kBlockM, T::kBlockN,
+                                           blockIdx.x / T::kCluster, plain);
     else
       sh.next.key = -1;
   }
@@ -138,6 +138,7 @@ class Producer {
   // another, whoever is done takes the next one, from a counter in memory.
   FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile, uint32_t parity,
                                   bool plain) {
+    if constexpr (T::kLaps) return sh.tiles.next_in_laps(p, tile);
     bool const takes = !plain && p.taken;
     if (takes) sh.tiles.at() = take(p, sh, parity);
     int const index = sh.tiles.at();
@@ -224,7 +225,10 @@ class Producer {
       for (int m = work.begin; m != work.end; m += work.stride)
         for (int head = work.kv_head * p.group; head < (work.kv_head + 1) * p.group; ++head) {
           sh.free[ring.stage].wait(ring.parity);
-          load_step(head, m);
+          if constexpr (T::kLaps)
+            load_step(head, p.laps.block(m));
+          else
+            load_step(head, m);
         }
     }
   }

@@ -46,6 +46,8 @@ Schedule schedule_of(const BwdConfig& c, const Problem& p, const Division& d) {
   int64_t const group = p.num_heads_q / p.num_heads_kv;
   tile::TileScheduler const s = {static_cast<int>(d.n_blocks), static_cast<int>(p.num_heads_kv),
                                  pairs, 1};
+  if (d.lap > 0)
+    return {{static_cast<int>(d.n_blocks) / d.lap, s.heads, pairs, d.clusters / d.lap}, true};
   if (!(uneven || d.ordered) || d.whole_heads || d.tiles == 0) return {s};
   // The caller's bounds of packed lengths must not change the order of a sum.
   bool const mean = packed && d.ordered && p.batch > 0;

@@ -22,6 +22,7 @@ struct Traits {
   static constexpr int kPanelsV = ceil_div(kHeadDimV, kPanelCols);
   static constexpr bool kTerms = kConfig.terms;
   static constexpr bool kLists = kConfig.lists;
+  static constexpr bool kLaps = kConfig.laps;
   using ListSteps = bwd::ListSteps<kConfig.block_n / kListKeys>;
   static constexpr int kBlockM = kConfig.block_m;
   static constexpr int kBlockN = kConfig.block_n;
@@ -43,7 +44,8 @@ struct Traits {
   static constexpr bool kByKeys = kConfig.by_keys();
   static constexpr bool kByCluster = kConfig.by_cluster();
   // Consumers pass over blocks of queries that see none of their keys.
-  static constexpr bool kPassesOver = kByKeys && kBlockM < 128 && !kTerms && !kLists && !kByQueries;
+  static constexpr bool kPassesOver =
+      kByKeys && kBlockM < 128 && !kTerms && !kLists && !kLaps && !kByQueries;
   // Of the tile, a consumer's.
   static FC_HD constexpr int first_key(int consumer, int rank) {
     return 64 * (kByKeys ? consumer : rank);

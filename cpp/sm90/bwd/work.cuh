@@ -35,6 +35,7 @@ struct alignas(16) Work : StepOrder {
   int key_block;                  // the tile's number among all of a key head
   int diagonal;                   // how far past `key` the key is that row 0 faces
 
+  static constexpr int kEndless = 1 << 30;
   // A tile past the end of everything: no keys, no queries.
   static constexpr int kPastTheEnd = 1 << 29;
   static FC_DEVICE Work past_the_end() {
@@ -52,8 +53,9 @@ struct alignas(16) Work : StepOrder {
   // registers.
   // slot: of the sums of dQ, where a block or a cluster has its own.
   // falling: the tiles of the head do.
-  // plain: p.plain, where the compiler is to know. kHalf: the queries are divided.
-  template <bool kHalf>
+  // plain: p.plain, where the compiler is to know. kHalf: the queries are divided. kLaps: tiles go
+  // round them.
+  template <bool kHalf, bool kLaps>
   FC_DEVICE void set(const BwdParams& p, tile::Tile tile, bool falling, int block_m, int block_n,
                      int slot, bool plain = false) {
     tile::ShortSequence const seq = tile::short_sequence_of(p, tile.batch, plain || p.alike);
@@ -81,8 +83,12 @@ struct alignas(16) Work : StepOrder {
     last_full = rows.last_full;
     bool const rising = !plain && p.turns && !falling;
     set_steps(rows, rising);
+    if constexpr (kLaps) {
+      go_round(p.laps, n);
+      if (full < last) last_full = kEndless;  // else keys are cut, all along
+    }
     if constexpr (kHalf) take_half(cluster_rank());
-    if (plain || kHalf) return;
+    if (plain || kHalf || kLaps) return;
     if (p.whole_heads || rising) set_fresh(rows, rows_of(seq, n - 1, block_m, block_n));
     if (p.whole_heads || (p.turns && falling))
       set_complete(rows, rows_of(seq, n + 1, block_m, block_n));

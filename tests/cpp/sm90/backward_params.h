@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "sm90/bwd/dq_order.h"
 #include "sm90/bwd/neighbours.h"
 #include "tile/mask.h"
 #include "tile/tile_scheduler.h"
@@ -23,4 +24,5 @@ struct Params {
   flashcore::tile::Divisor sequence_blocks;
   flashcore::tile::TileScheduler scheduler;
   bool all_rise = false;
+  flashcore::sm90::bwd::Laps laps;
 };

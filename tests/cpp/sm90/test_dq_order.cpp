@@ -71,6 +71,14 @@ Problem random_problem(std::mt19937& random) {
   return x;
 }
 
+// The query blocks of a tile's steps.
+std::vector<int> visited(StepOrder const& order) {
+  std::vector<int> blocks;
+  for (int m = order.begin; m != order.end && blocks.size() < 10000; m += order.stride)
+    blocks.push_back(m);
+  return blocks;
+}
+
 struct Step {
   Place at;
   bool waits;
@@ -100,7 +108,7 @@ std::vector<Tile> tiles_of(Problem const& x, bool backwards) {
       order.set_complete(rows(n), rows(n + 1));
     Tile tile{n, {}};
     if (!rows(n).empty())
-      for (int m = order.begin; m != order.end; m += order.stride)
+      for (int m : visited(order))
         for (int head = t.head * x.group; head < (t.head + 1) * x.group; ++head)
           tile.steps.push_back({{t.batch, head, m}, order.waits(m), order.next(n)});
     tiles.push_back(tile);
@@ -207,21 +215,28 @@ std::vector<Tile> tiles_of_lists(Problem const& x, RandomMask const& mask) {
   return tiles;
 }
 
-// Blocks take tiles and add, in a random order of events. False if they hang.
-bool run(std::vector<Tile> const& tiles, int blocks, std::mt19937& random, Order& order) {
+// Blocks take tiles and add, in a random order of events. False if they hang. dealt: tiles are
+// dealt out in turn.
+bool run(std::vector<Tile> const& tiles, int blocks, std::mt19937& random, Order& order,
+         bool dealt = false) {
   struct Block {
     int tile = -1;
     size_t step = 0;
   };
   std::vector<Block> at(static_cast<size_t>(blocks));
   std::map<Place, int> turns;
+  std::vector<int> given(static_cast<size_t>(blocks));  // the next tile of each, if dealt
+  for (int i = 0; i < blocks; ++i) given[static_cast<size_t>(i)] = i;
   int taken = 0;
   int const all = static_cast<int>(tiles.size());
+  auto const next = [&](Block const& b) -> int& {
+    return dealt ? given[static_cast<size_t>(&b - at.data())] : taken;
+  };
   for (;;) {
     std::vector<Block*> movable;
     bool done = true;
     for (Block& b : at) {
-      if (b.tile < 0 && taken == all) continue;
+      if (b.tile < 0 && next(b) >= all) continue;
       done = false;
       if (b.tile >= 0 && b.step < tiles[b.tile].steps.size()) {
         Step const& s = tiles[b.tile].steps[b.step];
@@ -238,7 +253,9 @@ bool run(std::vector<Tile> const& tiles, int blocks, std::mt19937& random, Order
       order[s.at].push_back(tiles[b.tile].n);
       if (s.next >= 0) turns[s.at] = s.next;
     } else {
-      b = {taken < all ? taken++ : -1, 0};
+      int& n = next(b);
+      b = {n < all ? n : -1, 0};
+      if (b.tile >= 0) n += dealt ? blocks : 1;
     }
   }
 }
@@ -281,6 +298,99 @@ TEST("with block lists, too; and if those are not each other's transpose it stil
   }
 }
 
+TEST("laps go round the query blocks, one tile after another, and end if all run at once") {
+  std::mt19937 random(11);
+  int hung = 0;
+  for (int trial = 0; trial < 400; ++trial) {
+    auto const any = [&](int low, int high) {
+      return std::uniform_int_distribution<int>(low, high)(random);
+    };
+    int const lap = any(2, 12), rows = any(lap, 4 * lap), n_tiles = lap * any(1, 3);
+    int const group = any(1, 3), heads = any(1, 3), width = any(1, 4);
+    Params p;
+    p.batch = any(1, 2);
+    p.pairs = p.batch * heads;
+    p.laps = {lap, rows};
+    p.scheduler = {n_tiles / lap, heads, p.pairs, width};
+    p.all_rise = true;
+    std::vector<Tile> tiles;
+    std::map<Place, std::map<int, int>> added;  // in which of its steps a tile adds
+    KeyTiles dealt(0, 1);
+    for (tile::Tile t; dealt.next_in_laps(p, t);) {
+      int const n = t.m_block;
+      CHECK(!dealt.falling());
+      StepOrder order;
+      order.go_round(p.laps, n);
+      Tile tile{n, {}};
+      for (int m : visited(order)) {
+        for (int head = t.head * group; head < (t.head + 1) * group; ++head) {
+          Place const at{t.batch, head, p.laps.block(m)};
+          CHECK(added[at].emplace(n, tile.steps.size()).second);
+          tile.steps.push_back({at, p.laps.waits(n, m), p.laps.next(n, m)});
+        }
+      }
+      CHECK_EQ(tile.steps.size(), static_cast<size_t>(rows * group));
+      tiles.push_back(tile);
+    }
+    CHECK_EQ(tiles.size(), static_cast<size_t>(p.pairs * n_tiles));
+    CHECK_EQ(added.size(), static_cast<size_t>(p.pairs * group * rows));
+    // In every lap who begins at the same time, or before, adds some steps earlier: a tile's share
+    // of the query blocks.
+    std::map<Place, std::map<int, int>> next;
+    Order expected;
+    for (Tile const& t : tiles)
+      for (Step const& s : t.steps) {
+        next[s.at][t.n] = s.next;
+        if (!s.waits) expected[s.at].push_back(t.n);
+      }
+    for (auto& [at, order] : expected) {
+      CHECK_EQ(order.size(), size_t{1});
+      while (next[at].contains(next[at][order.back()])) {
+        int const n = order.back(), after = next[at][n];
+        order.push_back(after);
+        if (after / lap == n / lap)
+          CHECK(added[at][n] + rows / lap * group <= added[at][after]);
+        else
+          CHECK_EQ(after / lap, n / lap + 1);
+      }
+      CHECK_EQ(order.size(), static_cast<size_t>(n_tiles));
+    }
+    CHECK_EQ(expected.size(), added.size());
+    for (int blocks : {lap, lap + 1, width * lap}) {
+      Order order;
+      CHECK(run(tiles, max_of(lap, blocks), random, order, true));
+      for (auto const& [at, visitors] : expected) CHECK(order[at] == visitors);
+    }
+    Order order;
+    hung += !run(tiles, lap - 1, random, order, true);
+  }
+  CHECK(hung > 300);  // why all must run at once
+}
+
+TEST("a lap has as many tiles as leave nobody idle, and come two steps after one another") {
+  struct {
+    int64_t n_blocks, blocks, group, pairs, head_bytes, workers, lap;
+    const char* why;
+  } const cases[] = {
+      {32, 64, 1, 8, 4 << 20, 132, 32, "256 tiles, four heads at a time"},
+      {32, 52, 1, 8, 4 << 20, 132, 16, "steps of 80 queries: all heads, half of their tiles"},
+      {32, 32, 1, 8, 2 << 20, 132, 16, "steps of 128"},
+      {16, 32, 1, 8, 2 << 20, 132, 16, "all tiles at once"},
+      {32, 26, 1, 8, 2 << 20, 132, 16, "half the queries: 1.6 steps, for want of something better"},
+      {128, 256, 1, 1, 32 << 20, 66, 64, "more tiles than clusters"},
+      {24, 48, 1, 8, 3 << 20, 132, 24, "five heads at a time, in two turns as any other way"},
+      {32, 52, 4, 32, 16 << 20, 132, 0, "four heads would not stay in L2"},
+      {31, 31, 1, 8, 2 << 20, 132, 0, "a prime, and as many steps"},
+      {24, 48, 1, 100, 3 << 20, 132, 24, "20 turns instead of 19"},
+      {90, 180, 1, 4, 8 << 20, 132, 30, "all heads, a third of their tiles"},
+      {100, 200, 1, 8, 4 << 20, 132, 0, "8 turns instead of 7"},
+      {1, 2, 1, 500, 1 << 20, 132, 0, "a single tile"},
+      {8, 0, 1, 8, 0, 132, 0, "no queries"},
+  };
+  for (auto const& x : cases)
+    CHECK_EQ(lap_size(x.n_blocks, x.blocks, x.group, x.pairs, x.head_bytes, x.workers), x.lap);
+}
+
 TEST("two halves of a tile's steps are all of them") {
   for (bool reversed : {false, true})
     for (int first : {0, 3})
@@ -290,10 +400,9 @@ TEST("two halves of a tile's steps are all of them") {
           StepOrder order;
           order.set_steps({first, first, first + steps, first + steps}, reversed);
           order.take_half(rank);
-          int count = 0;
-          for (int m = order.begin; m != order.end && count <= steps; m += order.stride, ++count)
-            ++seen.at(static_cast<size_t>(m));
-          CHECK_EQ(count, (steps + 1 - rank) / 2);
+          auto const blocks = visited(order);
+          for (int m : blocks) ++seen.at(static_cast<size_t>(m));
+          CHECK_EQ(blocks.size(), static_cast<size_t>((steps + 1 - rank) / 2));
         }
         for (int m = 0; m < 10; ++m)
           CHECK_EQ(seen[static_cast<size_t>(m)], m >= first && m < first + steps);
@@ -331,7 +440,7 @@ TEST("a consumer passes over blocks of which no row sees its keys, and takes one
                                       key - seq.band.begin + 1, first - key);
         CHECK(own.begin != own.end);
         bool taken = false;
-        for (int m = steps.begin; m != steps.end; m += steps.stride) {
+        for (int m : visited(steps)) {
           if (m == own.begin) taken = true;
           if (m == own.end) taken = false;
           if (taken) continue;
