@@ -50,7 +50,7 @@ int64_t lap_of(const BwdConfig& c, const Problem& p) {
   int64_t const tiles = most_tiles(c, p), n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
   int64_t const blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
   // Of many tiles with few steps, or short ones, enough heads take turns as it is.
-  constexpr int64_t kFewRounds = 4, kManyBlocks = 40;
+  constexpr int64_t kFewRounds = 4, kManyBlocks = 32;
   if (tiles > kFewRounds * workers && (blocks < kManyBlocks || c.head_dim <= 64)) return 0;
   int64_t const group = p.num_heads_q / p.num_heads_kv;
   int64_t const head_bytes =
