@@ -833,6 +833,14 @@ def test_memory_is_what_the_plan_says(d, options, fixed):
     assert beyond(6000) <= 2.1 * beyond(3000)
 
 
+@pytest.mark.parametrize("d", KERNELS)
+def test_one_tile_of_keys_needs_no_sums_of_dq(d):
+    q = torch.randn(2, 3000, 16, d, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, 60, 4, d, device="cuda", dtype=torch.bfloat16)
+    plan = fc.explain(q, k, k, direction="backward")
+    assert plan.deterministic and plan.workspace_bytes <= 2 * 16 * (3000 + 128) * 64
+
+
 def test_gradients_that_are_not_asked_for_are_not_written():
     call = Call(Case("dv alone", dtype="bf16", q=300, k=300, d=128, causal=True))
     want = call.run()

@@ -79,7 +79,9 @@ Division::Division(const BwdConfig& c, const Problem& p) {
   // How long a packed sequence is at most is the caller's word, to which no memory is trusted.
   block_slots = whole_heads && !p.cu_seqlens_q;
   slot_blocks = block_slots ? ceil_div<int64_t>(p.seqlen_q, c.block_m) : head_blocks;
-  int64_t const slots = block_slots ? clusters * (p.num_heads_q / p.num_heads_kv) : p.num_heads_q;
+  int64_t const slots = alone && whole_heads ? 0  // the first tile is the last one: no sums
+                        : block_slots        ? clusters * (p.num_heads_q / p.num_heads_kv)
+                                             : p.num_heads_q;
   int64_t const rows = p.num_heads_q * head_blocks * c.block_m;
   minus_lse = slots * slot_blocks * c.block_m * c.head_dim * 4;
   minus_delta = minus_lse + rows * 4;
