@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks cpu | gpu | demo`. Every timed call is checked first."""
+"""Benchmarks: `python -m benchmarks cpu | gpu | sparse | approximate | host | demo`. Every timed call is checked first."""

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", choices=("grid", "more"), default="grid", help="which problems")
     parser.add_argument("--direction", choices=("fwd", "bwd"), default="fwd")
     parser.add_argument("--quick", action="store_true", help="12 cells of the grid, 10 rounds")
-    parser.add_argument("--rounds", type=int, default=0, help="default 14: 28 calls of each peer")
+    parser.add_argument("--rounds", type=int, default=0, help="default 20: 40 calls of each peer")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DEFAULT_PEERS))
     parser.add_argument("--filter", default="", help="only cells whose name contains this")
     parser.add_argument("--out", type=Path, default=None, help="a folder of results/")
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name()
     problems = gpu_more() if options.set == "more" else gpu_grid(options.quick)
     problems = [p for p in problems if options.filter in p.cell]
-    rounds = options.rounds or (10 if options.quick else 14)
+    rounds = options.rounds or (10 if options.quick else 20)
     meter = Meter()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     warm_up(torch)

@@ -585,9 +585,16 @@ def test_poison_beside_sinks(hidden, d, more):
     ids=str,
 )
 def test_splits(options, d, splits):
-    done = check(PLAIN.but(q=60, k=1100, d=d, **options), num_splits=splits)
+    times = 1 if splits else 8  # unasked only many keys are split, and no window
+    for name in ("lengths_k", "packed_k"):
+        if name in options:
+            options = options | {name: tuple(n * times for n in options[name])}
+    done = check(PLAIN.but(q=60, k=1100 * times, d=d, **options), num_splits=splits)
     plan = fc.explain(*done.inputs, **done.options)
-    assert splits == 0 or min(splits, 2) <= plan.splits <= splits  # whole blocks of keys
+    if splits:
+        assert min(splits, 2) <= plan.splits <= splits  # whole blocks of keys
+    else:
+        assert (plan.splits > 1) == ("window" not in options)
 
 
 def test_few_rows_and_many_keys_are_split_unasked():

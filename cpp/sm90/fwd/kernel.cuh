@@ -10,7 +10,7 @@
 // Key blocks run from last to first, so that the blocks a mask cuts come first and the row maximum
 // is known early. One step of a consumer (docs/kernels/sm90_fwd.md has the drawing):
 //     tensor cores   S(j) = Q K(j)^T | O += P(j+1) V(j+1)
-//     other units                    | mask, max, exp of S(j)
+//     other units                    | mask, exponentials of S(j)
 //
 // A block may hold several teams, each a producer warp and its consumers, which share nothing but
 // the multiprocessor: tiles of their own, rings of their own.
