@@ -825,9 +825,10 @@ def test_memory_is_what_the_plan_says(d, options, fixed):
         fc.attention_backward(q, q, q, q, out, lse, deterministic=fixed, **options)
         used = torch.cuda.max_memory_allocated() - before - size
         plan = fc.explain(q, q, q, direction="backward", deterministic=fixed, **options)
-        assert plan.workspace_bytes <= used <= plan.workspace_bytes + 4 * 512
+        rounding = 4 * 2**20  # torch keeps up to 1 MB at the end of each of the four
+        assert plan.workspace_bytes <= used <= plan.workspace_bytes + rounding
         rows = 2 * 16 * (n + 128)
-        assert used <= rows * 4 * max(32, d) + rows * 64 + 2**16
+        assert used <= rows * 4 * max(32, d) + rows * 64 + rounding
         return used
 
     assert beyond(6000) <= 2.1 * beyond(3000)
