@@ -1,1 +1,4 @@
-"""Benchmarks: `python -m benchmarks cpu | gpu | sparse | approximate | host | demo`. Every timed call is checked first."""
+"""Benchmarks: `python -m benchmarks cpu | gpu | sparse | approximate | host | demo`.
+
+Every timed call is checked first.
+"""
