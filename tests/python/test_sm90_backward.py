@@ -276,6 +276,16 @@ def test_short_heads_that_come_out_even_are_taken_whole(options):
     assert_same_bits(grads, call.run(deterministic=True))
 
 
+@pytest.mark.parametrize("b,q,k", [(0, 300, 300), (2, 0, 300), (2, 300, 0)])
+@pytest.mark.parametrize("d", KERNELS)
+def test_deterministic_without_batch_rows_or_keys(d, b, q, k):
+    x, y = (torch.ones(b, n, 4, d, device="cuda", dtype=torch.bfloat16) for n in (q, k))
+    lse = torch.zeros(b, 4, q, device="cuda")
+    into = {"dq": torch.ones_like(x), "dk": torch.ones_like(y), "dv": torch.ones_like(y)}
+    fc.attention_backward(x, x, y, y, x, lse, **into, deterministic=True)
+    assert all((grad == 0).all() for grad in into.values())
+
+
 def test_deterministic_writes_dq_where_no_key_tile_comes():
     call = Call(Case("above", dtype="bf16", q=900, k=130, d=128, causal=True))
     dq = torch.full_like(call.tensors["q"], 7.0)

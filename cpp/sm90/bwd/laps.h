@@ -51,6 +51,7 @@ constexpr int64_t lap_size(int64_t n_blocks, int64_t blocks, int64_t group, int6
                            int64_t head_bytes, int64_t workers) {
   // What runs at the same time should stay in L2, and leave a 16th of the workers idle at most.
   constexpr int64_t kBytes = int64_t{32} << 20;
+  if (pairs == 0) return 0;
   int64_t const steps = blocks * group;
   int64_t lap = 0, least = ceil_div(pairs * n_blocks, workers) * 17 / 16;
   for (int64_t tiles = min_of(min_of(n_blocks, workers), blocks); tiles > 1; --tiles) {

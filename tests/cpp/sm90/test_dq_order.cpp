@@ -386,6 +386,8 @@ TEST("a lap has as many tiles as leave nobody idle, and come two steps after one
       {100, 200, 1, 8, 4 << 20, 132, 0, "8 turns instead of 7"},
       {1, 2, 1, 500, 1 << 20, 132, 0, "a single tile"},
       {8, 0, 1, 8, 0, 132, 0, "no queries"},
+      {8, 16, 1, 0, 1 << 20, 132, 0, "no heads"},
+      {0, 16, 1, 8, 1 << 20, 132, 0, "no keys"},
   };
   for (auto const& x : cases)
     CHECK_EQ(lap_size(x.n_blocks, x.blocks, x.group, x.pairs, x.head_bytes, x.workers), x.lap);
