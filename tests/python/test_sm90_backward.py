@@ -276,6 +276,25 @@ def test_short_heads_that_come_out_even_are_taken_whole(options):
     assert_same_bits(grads, call.run(deterministic=True))
 
 
+@pytest.mark.parametrize("keys", [2000, 2048])
+@pytest.mark.parametrize("d", KERNELS)
+def test_infinite_keys_in_laps(d, keys):
+    """Key 5 has weight 0 everywhere. Rows past the end of the last query block must not see it: they
+    are zeros there, and 0 times infinity is not."""
+    case = Case("a key of -inf", dtype="bf16", b=1, q=1990, k=keys, h=(16, 16), d=d)
+    q, k, v, dout = (on_gpu(case.arrays()[name]) for name in ("q", "k", "v", "dout"))
+    q[..., 0], k[..., 0], k[:, 5, :, 0] = 1, 0, -INF
+    out, lse, _ = fc.attention(q, k, v, return_lse=True)
+    want = fc.attention_backward(dout, q, k, v, out, lse)
+    assert (want.dk[:, 5] == 0).all() and (want.dv[:, 5] == 0).all()
+    assert "-laps-" in fc.explain(q, k, v, direction="backward", deterministic=True).kernel
+    got = fc.attention_backward(dout, q, k, v, out, lse, deterministic=True)
+    for name in ("dk", "dv"):
+        x, y = getattr(got, name), getattr(want, name)
+        assert (x[:, 5] == 0).all()
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("b,q,k", [(0, 300, 300), (2, 0, 300), (2, 300, 0)])
 @pytest.mark.parametrize("d", KERNELS)
 def test_deterministic_without_batch_rows_or_keys(d, b, q, k):

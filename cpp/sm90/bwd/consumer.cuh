@@ -35,7 +35,7 @@ struct Consumer {
   FC_DEVICE KeyPair keys(Step at) const {
     KeyPair keys(work(), warp_key() + thread_index() % 32 / 4);
     if (T::kLists && at.skips) keys.existing = 0;
-    if (T::kLaps) keys.rows = Work::kEndless;  // P of what is past the end is zero anyhow
+    if (T::kLaps && at.m >= p.laps.blocks) keys.rows += p.laps.blocks * T::kBlockM;
     return keys;
   }
   // The first of the warp's sixteen keys, of the tile.
@@ -44,7 +44,9 @@ struct Consumer {
   }
 
   FC_DEVICE Step step_at(int head, int m) const {
-    return {head, m, work().masked(m),
+    int block = m;
+    if constexpr (T::kLaps) block = p.laps.block(m);
+    return {head, m, work().masked(block),
             m + work().stride == (T::kPassesOver ? own.end : work().end) &&
                 head + 1 == first_head() + p.group,
             false};

@@ -236,7 +236,7 @@ void launch_problem(const Kernel& kernel, const Problem& p, const Plan&, void* m
     else
       cuda::check(cudaMemsetAsync(part(d.taken), 0xff, static_cast<size_t>(d.order - d.taken),
                                   static_cast<cudaStream_t>(stream)),
-                  "flash_bwd_sm90: clearing the counter of tiles");
+                  "flash_bwd_sm90: clearing the counter of tiles and the turns");
   }
   params.head_key_blocks = static_cast<int>(d.head_key_blocks);
   params.head_blocks = static_cast<int>(d.head_blocks);

@@ -68,10 +68,10 @@ Division::Division(const BwdConfig& c, const Problem& p) {
   whole_heads = takes_whole_heads(c, p);
   alone = n_blocks <= 1 && !p.cu_seqlens_k;
   ordered = p.deterministic && !whole_heads && !alone;
-  // In a fixed order, so that nobody waits for who waits; and where the host does not know what
-  // tiles cost: 12 % of a packed batch of unlike lengths.
   bool const unlike = p.cu_seqlens_q || p.cu_seqlens_k || p.seqlens_q || p.seqlens_k || c.lists;
   lap = c.laps ? static_cast<int>(lap_of(c, p)) : 0;
+  // In a fixed order, so that nobody waits for who waits; and where the host does not know what
+  // tiles cost: 12 % of a packed batch of unlike lengths.
   counted = ((ordered && lap == 0) || unlike) && !whole_heads;
   int const most = processors / c.cluster();
   clusters = static_cast<int>(min_of<int64_t>(whole_heads ? min_of(pairs, tiles) : tiles,

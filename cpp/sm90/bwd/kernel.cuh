@@ -63,7 +63,7 @@ struct Kernel {
     }
     if constexpr (T::kByQueries)
       if (p.dq_heads) FinishDq<T>(p).store(sh);
-    if constexpr (!T::kLaps)  // where no mask cuts blocks
+    if constexpr (!T::kLaps)  // without a mask there is nothing to repair
       if (sh.redo[threadIdx.x / 32 - 4]) repair(p, consumer, rank);
     if constexpr (T::kCluster > 1) cluster_sync();  // the other block may still arrive here
   }

@@ -31,7 +31,7 @@ struct Laps {
     return ((place(n) + 1) * blocks + tiles - 1) / tiles - 1;
   }
   // Whether another tile adds before tile n does in its step m.
-  FC_HD constexpr bool waits(int n, int m) const { return n >= tiles || first(m) != n; }
+  FC_HD constexpr bool waits(int n, int m) const { return first(m) != n; }
   // The tile that adds after it; there may be none.
   FC_HD constexpr int next(int n, int m) const {
     int const lap = n - place(n), beside = place(n) + 1 == tiles ? 0 : place(n) + 1;
@@ -55,9 +55,10 @@ constexpr int64_t lap_size(int64_t n_blocks, int64_t blocks, int64_t group, int6
   int64_t const steps = blocks * group;
   int64_t lap = 0, least = ceil_div(pairs * n_blocks, workers) * 17 / 16;
   for (int64_t tiles = min_of(min_of(n_blocks, workers), blocks); tiles > 1; --tiles) {
-    int64_t const heads = min_of(pairs, workers / tiles);
     // Two steps after the tile before it a tile does not wait; with 1.5 it does a little.
-    if (n_blocks % tiles || steps * 2 < tiles * 3 || heads * head_bytes > kBytes) continue;
+    if (n_blocks % tiles || steps * 2 < tiles * 3) continue;
+    int64_t const heads = min_of(pairs, workers / tiles);
+    if (heads * head_bytes > kBytes) continue;
     int64_t const turns = ceil_div(pairs, heads) * (n_blocks / tiles);
     if (turns > least || (lap > 0 && turns == least && steps >= lap * 2)) continue;
     lap = tiles;

@@ -135,7 +135,7 @@ class Producer {
   }
 
   // Where tiles are of any length, and nobody knows it beforehand, or where they wait for one
-  // another, whoever is done takes the next one, from a counter in memory.
+  // another and do not go round, whoever is done takes the next one, from a counter in memory.
   FC_DEVICE static bool next_tile(const BwdParams& p, Shared& sh, tile::Tile& tile, uint32_t parity,
                                   bool plain) {
     if constexpr (T::kLaps) return sh.tiles.next_in_laps(p, tile);

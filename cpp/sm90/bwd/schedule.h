@@ -12,7 +12,8 @@ struct Schedule {
 // With no mask, tiles of one head side by side: they read the same queries at the same time. With
 // one, their costs differ, and what counts is that every block is dealt its share. With lists too;
 // then the host does not know what tiles cost. Tiles that wait for one another are far apart, too:
-// those that run at the same time are then few of each head.
+// those that run at the same time are then few of each head; but for laps, of which as many as can
+// run do, before any of their heads has the next one.
 Schedule schedule_of(const BwdConfig& c, const Problem& p, const Division& d);
 
 }  // namespace flashcore::sm90::bwd

@@ -35,7 +35,6 @@ struct alignas(16) Work : StepOrder {
   int key_block;                  // the tile's number among all of a key head
   int diagonal;                   // how far past `key` the key is that row 0 faces
 
-  static constexpr int kEndless = 1 << 30;
   // A tile past the end of everything: no keys, no queries.
   static constexpr int kPastTheEnd = 1 << 29;
   static FC_DEVICE Work past_the_end() {
@@ -83,10 +82,7 @@ struct alignas(16) Work : StepOrder {
     last_full = rows.last_full;
     bool const rising = !plain && p.turns && !falling;
     set_steps(rows, rising);
-    if constexpr (kLaps) {
-      go_round(p.laps, n);
-      if (full < last) last_full = kEndless;  // else keys are cut, all along
-    }
+    if constexpr (kLaps) go_round(p.laps, n);
     if constexpr (kHalf) take_half(cluster_rank());
     if (plain || kHalf || kLaps) return;
     if (p.whole_heads || rising) set_fresh(rows, rows_of(seq, n - 1, block_m, block_n));
