@@ -279,8 +279,8 @@ def test_short_heads_that_come_out_even_are_taken_whole(options):
 @pytest.mark.parametrize("keys", [2000, 2048])
 @pytest.mark.parametrize("d", KERNELS)
 def test_infinite_keys_in_laps(d, keys):
-    """Key 5 has weight 0 everywhere. Rows past the end of the last query block must not see it: they
-    are zeros there, and 0 times infinity is not."""
+    """Key 5 has weight 0 everywhere. Rows past the end of the last query block must not see it:
+    they are zeros there, and 0 times infinity is not."""
     case = Case("a key of -inf", dtype="bf16", b=1, q=1990, k=keys, h=(16, 16), d=d)
     q, k, v, dout = (on_gpu(case.arrays()[name]) for name in ("q", "k", "v", "dout"))
     q[..., 0], k[..., 0], k[:, 5, :, 0] = 1, 0, -INF
