@@ -105,9 +105,9 @@ def line(p: Problem, direction: str, threads: int, samples: dict[str, Sample]) -
     return f"{p.cell} {direction} {threads}T GF/s: {', '.join(shown + wrong)}"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 
 import flashcore as fc
+from benchmarks.cpu import versions
 from benchmarks.gpu import commit, nvidia_smi
 from benchmarks.host_jax import jax_calls
 from benchmarks.peaks import cpu_name
@@ -73,17 +72,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def heading(cuda: bool, calls: int, rounds: int) -> str:
-    found = []
-    for name in ("torch", "numpy", "cupy-cuda13x", "cupy", "jax", "flash-attn-4"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    libraries = ["torch", "jax", *(["cupy-cuda13x", "flash-attn-4"] if cuda else ["numpy"])]
+    found = ", ".join(f"{name} {version}" for name, version in versions(libraries).items())
     device = f"{nvidia_smi('name')}, driver {nvidia_smi('driver_version')}, " if cuda else ""
     return (
         f"# What a call costs: {device}{cpu_name()}\n\n"
-        f"flashcore-attention {fc.__version__}, commit {commit()}, "
-        f"Python {platform.python_version()}, {', '.join(found)}. "
+        f"flashcore-attention {fc.__version__}, commit {commit()}, {found}. "
         f"{rounds} rounds of {calls} calls of each, in turns.\n"
     )
 

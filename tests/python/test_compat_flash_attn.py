@@ -235,3 +235,5 @@ def test_explain_leaves_a_cache_as_it_was():
     plan = fa.explain(fa.flash_attn_with_kvcache, q, cache, cache, **options)
     assert plan.kernel and torch.equal(cache, before)
     assert fa.explain(fa.flash_attn_with_kvcache, q, cache, cache).kernel == plan.kernel
+    plan = fa.explain(fa.flash_attn_with_kvcache, q, cache, cache, direction="backward", **options)
+    assert "-bwd-" in plan.kernel and torch.equal(cache, before)

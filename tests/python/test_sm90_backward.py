@@ -45,12 +45,15 @@ class Call:
         for name in {"q": ("q", "dout", "out"), "k": ("k", "v")}[which]:
             self.tensors[name][rows] = value
 
-    def run(self, **more) -> fc.Grads:
+    def start(self, **more) -> fc.Grads:
         t = self.tensors
         options = {name: on_gpu(x) for name, x in self.options.items()}
-        grads = fc.attention_backward(
+        return fc.attention_backward(
             t["dout"], t["q"], t["k"], t["v"], t["out"], t["lse"], **options, **more
         )
+
+    def run(self, **more) -> fc.Grads:
+        grads = self.start(**more)
         torch.cuda.synchronize()
         return grads
 
@@ -84,6 +87,20 @@ def check(case: Case) -> Call:
 def assert_same_bits(a: fc.Grads, b: fc.Grads) -> None:
     for x, y in zip(a, b):
         assert x is y is None or torch.equal(x, y)
+
+
+def assert_same_bits_on_two_streams(call: Call, want: fc.Grads, times: int) -> None:
+    """In a fixed order, `times` calls on each, which share the GPU."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    grads = []
+    for _ in range(times):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                grads.append(call.start(deterministic=True))
+    torch.cuda.synchronize()
+    for got in grads:
+        assert_same_bits(want, got)
 
 
 # ---- every option -------------------------------------------------------------------------------
@@ -217,19 +234,9 @@ def test_deterministic(d, options, h):
 def test_deterministic_on_two_streams(d, options):
     """Tiles that wait for one another, more of them than multiprocessors, which two calls share."""
     call = Call(Case("streams", dtype="bf16", b=3, q=900, k=1500, h=(12, 6), d=d, **options))
-    t = call.tensors
-    inputs = [t[name] for name in ("dout", "q", "k", "v", "out", "lse")]
     want = call.run(deterministic=True)
     call.check(want)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    grads = []
-    for _ in range(20):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                grads.append(fc.attention_backward(*inputs, **call.options, deterministic=True))
-    torch.cuda.synchronize()
-    for got in grads:
-        assert_same_bits(want, got)
+    assert_same_bits_on_two_streams(call, want, 20)
 
 
 @pytest.mark.parametrize("d", KERNELS)
@@ -239,23 +246,15 @@ def test_deterministic_in_laps(d, options):
     and in a graph."""
     call = Call(Case("laps", dtype="bf16", q=1990, k=2000, h=(16, 16), d=d).but(**options))
     t = call.tensors
-    inputs = [t[name] for name in ("dout", "q", "k", "v", "out", "lse")]
-    plan = fc.explain(*inputs[1:4], direction="backward", deterministic=True)
+    plan = fc.explain(t["q"], t["k"], t["v"], direction="backward", deterministic=True)
     assert "-laps-" in plan.kernel and plan.deterministic
     want = call.run(deterministic=True)
     call.check(want)
-    streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(15):
-        grads = []
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                grads.append(fc.attention_backward(*inputs, **call.options, deterministic=True))
-        torch.cuda.synchronize()
-        for got in grads:
-            assert_same_bits(want, got)
+        assert_same_bits_on_two_streams(call, want, 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = fc.attention_backward(*inputs, **call.options, deterministic=True)
+        got = call.start(deterministic=True)
     graph.replay()
     torch.cuda.synchronize()
     assert_same_bits(want, got)

@@ -16,13 +16,17 @@ bool short_heads(const BwdConfig& c, const Problem& p, int64_t processors) {
       c.cluster() > 1 || p.seqlen_k > kTiles * c.block_n)
     return false;
   int64_t const pairs = p.batch * p.num_heads_kv;
-  int64_t const bytes = processors * (p.num_heads_q / p.num_heads_kv) * p.seqlen_q *
-                        ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+  int64_t const bytes = processors * head_bytes(c, p, p.seqlen_q);
   return pairs >= processors && round_up<int64_t>(pairs, processors) * 9 <= pairs * 10 &&
          bytes <= (p.window.open() ? kBytes : 2 * kBytes);
 }
 
 }  // namespace
+
+int64_t head_bytes(const BwdConfig& c, const Problem& p, int64_t rows) {
+  return rows * (p.num_heads_q / p.num_heads_kv) *
+         ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+}
 
 int64_t most_tiles(const BwdConfig& c, const Problem& p) {
   if (rows_k(p) == 0) return 0;
@@ -45,17 +49,15 @@ bool takes_whole_heads(const BwdConfig& c, const Problem& p) {
 }
 
 int64_t lap_of(const BwdConfig& c, const Problem& p) {
-  if (!p.window.open() || !tile::alike(p) || takes_whole_heads(c, p)) return 0;
+  if (!p.window.open() || !tile::alike(p)) return 0;
   int64_t const workers = cuda::devices()[p.device_id].multiprocessors / c.cluster();
   int64_t const tiles = most_tiles(c, p), n_blocks = ceil_div<int64_t>(p.seqlen_k, c.block_n);
   int64_t const blocks = ceil_div<int64_t>(p.seqlen_q, c.block_m);
   // Of many tiles with few steps, or short ones, enough heads take turns as it is.
   constexpr int64_t kFewRounds = 4, kManyBlocks = 32;
   if (tiles > kFewRounds * workers && (blocks < kManyBlocks || c.head_dim <= 64)) return 0;
-  int64_t const group = p.num_heads_q / p.num_heads_kv;
-  int64_t const head_bytes =
-      p.seqlen_q * group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
-  return lap_size(n_blocks, blocks, group, p.batch * p.num_heads_kv, head_bytes, workers);
+  return lap_size(n_blocks, blocks, p.num_heads_q / p.num_heads_kv, p.batch * p.num_heads_kv,
+                  head_bytes(c, p, p.seqlen_q), workers);
 }
 
 Division::Division(const BwdConfig& c, const Problem& p) {

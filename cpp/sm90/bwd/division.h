@@ -28,6 +28,10 @@ TableSize table_of(const BwdConfig& c, const Problem& p);
 // most, which is the caller's word, must not change the order of a sum.
 bool takes_whole_heads(const BwdConfig& c, const Problem& p);
 
+// What a key head and the query heads that share it have in L2 while they run: of `rows` rows Q, dO
+// and the sums of dQ.
+int64_t head_bytes(const BwdConfig& c, const Problem& p, int64_t rows);
+
 // How many tiles of a head a lap has; 0: there are none. See laps.h.
 int64_t lap_of(const BwdConfig& c, const Problem& p);
 

@@ -53,12 +53,12 @@ Schedule schedule_of(const BwdConfig& c, const Problem& p, const Division& d) {
   bool const mean = packed && d.ordered && p.batch > 0;
   int64_t const rows = mean ? ceil_div(rows_q(p), p.batch) : p.seqlen_q;
   int64_t const n_blocks = mean ? ceil_div(rows_k(p), p.batch * c.block_n) : d.n_blocks;
-  int64_t const head_bytes = rows * group * ((p.head_dim + p.head_dim_v) * 2 + c.head_dim * 4);
+  int64_t const bytes = head_bytes(c, p, rows);
   // What runs at the same time anyhow: with fewer heads there is nothing to choose from.
   int64_t const least = ceil_div<int64_t>(d.clusters, max_of<int64_t>(1, n_blocks));
-  if (d.ordered) return fixed_order(s, c, d, head_bytes, least, uneven);
+  if (d.ordered) return fixed_order(s, c, d, bytes, least, uneven);
   int const largest = static_cast<int>(min_of<int64_t>(
-      pairs, max_of<int64_t>(tile::section_pairs(head_bytes, 1, pairs, kL2Budget), least)));
+      pairs, max_of<int64_t>(tile::section_pairs(bytes, 1, pairs, kL2Budget), least)));
   if (packed || c.lists) return {s.in_sections_of(largest)};
   int64_t const q_offset = p.has_q_offset ? p.q_offset : p.top_left ? 0 : p.seqlen_k - p.seqlen_q;
   auto const cost = [&](int block) {

@@ -256,9 +256,9 @@ def flash_attn_with_kvcache(
                     f"[{name}] cache_seqlens must be within 0..{capacity - new}, the cache's "
                     f"{capacity} positions less the {new} of k, got {filled.tolist()}"
                 )
-            plan = explain(call, seqlens_k=filled)  # a refused call leaves the cache as it was
             if _explained.get():
-                return plan
+                return call(seqlens_k=filled)
+            plan = explain(call, seqlens_k=filled)  # a refused call leaves the cache as it was
             if not plan.kernel:
                 raise fc.UnsupportedError(f"[{name}] no kernel can run this call: {plan}")
             rows = torch.arange(q.shape[0], device=q.device)[:, None]
