@@ -18,7 +18,10 @@ struct Ring {
   static FC_HD constexpr Ring consumer() { return {0, 0}; }
 
   FC_HD constexpr void advance() {
-    if (++stage == kStages) {
+    if constexpr (kStages == 2) {
+      parity ^= static_cast<uint32_t>(stage);
+      stage = 1 - stage;
+    } else if (++stage == kStages) {
       stage = 0;
       parity ^= 1;
     }

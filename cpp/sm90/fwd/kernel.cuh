@@ -107,12 +107,13 @@ struct Kernel {
 
   // All key blocks of one tile. thread_row: the first of this thread's two rows, of the tile. seen:
   // where the keys end that a row of this consumer sees.
-  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work& work, const char* sQ,
+  FC_DEVICE static void attend(const FwdParams& p, Shared& sh, const Work& work, MatrixAt sQ,
                                Barrier& q_free, int thread_row, int seen, Ring& k, Ring& v,
                                OnlineSoftmax& softmax, typename T::OutputTile& rO) {
     typename T::ScoreTile rS;
     typename T::ProbTile rP;
     Scores const scores(p, work, thread_row);
+    MatrixAt const sK(sh.k[0]), sV(sh.v[0]);
 
     int visit = work.last - 1, skipped = 0;
     if constexpr (T::kSkips)
@@ -124,21 +125,23 @@ struct Kernel {
         k.advance();
       }
     if (T::kHalves && visit * T::kBlockN + T::kBlockN / 2 >= seen)
-      last_block<T::kBlockN / 2>(p, sh, work, scores, sQ, k, softmax, rS, rP, visit);
+      last_block<T::kBlockN / 2>(p, sh, work, scores, sQ, sK, k, softmax, rS, rP, visit);
     else
-      last_block<T::kBlockN>(p, sh, work, scores, sQ, k, softmax, rS, rP, visit);
+      last_block<T::kBlockN>(p, sh, work, scores, sQ, sK, k, softmax, rS, rP, visit);
     for (; skipped > 0; --skipped) {
       sh.v_ready[v.stage].wait(v.parity);
       release(sh.v_free[v.stage]);
       v.advance();
     }
 
-    for (--visit; visit >= work.first; --visit) {
+    // Blocks that a mask cuts come first and last; in between nobody asks.
+    int const full = T::kMask == Mask::none ? work.first : max_of(work.first, work.first_full);
+    for (--visit; visit >= work.first;)
       if (T::kMask != Mask::none && work.cut(visit))
-        step<true>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, visit);
+        step<true>(p, sh, work, scores, sQ, sK, sV, k, v, softmax, rS, rP, rO, visit--);
       else
-        step<false>(p, sh, work, scores, sQ, k, v, softmax, rS, rP, rO, visit);
-    }
+        do step<false>(p, sh, work, scores, sQ, sK, sV, k, v, softmax, rS, rP, rO, visit--);
+        while (visit >= full);
 
     release(q_free);  // the producer may fetch the next tile's Q over this one
 
@@ -146,7 +149,7 @@ struct Kernel {
     sh.v_ready[v.stage].wait(v.parity);
     pin(rO);
     wgmma_fence();
-    gemm_pb<Element, T::kHeadDimV, T::kBlockN>(rO, rP, sh.v[v.stage]);
+    gemm_pb<Element, T::kHeadDimV, T::kBlockN>(rO, rP, sV + v.stage * T::kVBytes);
     wgmma_commit();
     wgmma_wait<0>();
     pin(rO);
@@ -157,7 +160,7 @@ struct Kernel {
   // The last key block, or the first kKeys of it: there is no P V yet to overlap with.
   template <int kKeys>
   FC_DEVICE static void last_block(const FwdParams& p, Shared& sh, const Work& work,
-                                   const Scores& scores, const char* sQ, Ring& k,
+                                   const Scores& scores, MatrixAt sQ, MatrixAt sK, Ring& k,
                                    OnlineSoftmax& softmax, typename T::ScoreTile& rS,
                                    typename T::ProbTile& rP, int visit) {
     auto& s = reinterpret_cast<float (&)[kKeys / 2]>(rS);
@@ -165,7 +168,7 @@ struct Kernel {
     int const j = key_block(sh, k, visit);
     take_turn();
     wgmma_fence();
-    gemm_abt<Element, kKeys, T::kHeadDim, T::kBlockM, T::kBlockN>(s, sQ, sh.k[k.stage]);
+    gemm_abt<Element, kKeys, T::kHeadDim, T::kBlockM, T::kBlockN>(s, sQ, sK + k.stage * T::kKBytes);
     wgmma_commit();
     pass_turn();
     wgmma_wait<0>();
@@ -179,6 +182,7 @@ struct Kernel {
       softmax.template raise<true>(s, r);
       softmax.exponentiate(s, r);
     }
+    work.cut(visit) ? softmax.doubt() : softmax.trust();
     scores.to_probabilities(p, rP, s, j);
 #pragma unroll
     for (int i = kKeys / 4; i < T::kBlockN / 4; ++i) rP[i] = 0;
@@ -187,19 +191,19 @@ struct Kernel {
   // One key block: S(j) = Q K(j)^T overlaps O += P(j+1) V(j+1), which overlaps softmax(j).
   template <bool kCut>
   FC_DEVICE static void step(const FwdParams& p, Shared& sh, const Work& work, const Scores& scores,
-                             const char* sQ, Ring& k, Ring& v, OnlineSoftmax& softmax,
-                             typename T::ScoreTile& rS, typename T::ProbTile& rP,
-                             typename T::OutputTile& rO, int visit) {
+                             MatrixAt sQ, MatrixAt sK, MatrixAt sV, Ring& k, Ring& v,
+                             OnlineSoftmax& softmax, typename T::ScoreTile& rS,
+                             typename T::ProbTile& rP, typename T::OutputTile& rO, int visit) {
     sh.k_ready[k.stage].wait(k.parity);
     int const j = key_block(sh, k, visit);
     take_turn();
     wgmma_fence();
-    gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sh.k[k.stage]);
+    gemm_abt<Element, T::kBlockN, T::kHeadDim, T::kBlockM>(rS, sQ, sK + k.stage * T::kKBytes);
     wgmma_commit();
     sh.v_ready[v.stage].wait(v.parity);
     pin(rO);
     wgmma_fence();
-    gemm_pb<Element, T::kHeadDimV, T::kBlockN>(rO, rP, sh.v[v.stage]);
+    gemm_pb<Element, T::kHeadDimV, T::kBlockN>(rO, rP, sV + v.stage * T::kVBytes);
     wgmma_commit();
     pass_turn();
 
@@ -209,22 +213,32 @@ struct Kernel {
     k.advance();
     scores.terms.apply(p, rS, j * T::kBlockN);
     if constexpr (kCut) scores.exclude(work, rS, visit, j);
-    // Row 0 before, row 1 after the wait for O. The branches matter even where nothing is raised:
-    // without them the compiler would move the wait up to the first exponential, and nothing would
-    // overlap. Warps may take them apart, so they hold no wait for products.
-    bool const unproven = visit + 1 == work.last_full;
-    bool const raised0 = softmax.template exceeds<kCut>(rS, 0, unproven);
-    float alpha[2] = {1.0f, 1.0f};
-    if (raised0) alpha[0] = softmax.template raise<false>(rS, 0);
-    softmax.exponentiate(rS, 0);
-    bool const raised1 = softmax.template exceeds<kCut>(rS, 1, unproven, softmax.row_sum[0]);
-    if (raised1) alpha[1] = softmax.template raise<false>(rS, 1);
+    // Row 0 before, row 1 after the wait for O. The branch between matters even where nothing is
+    // raised: without it the compiler would move the wait up to the first exponential, and nothing
+    // would overlap; so it asks for the sum of row 0, which is never negative. Warps may take
+    // branches apart, so they hold no wait for products.
+    int raises1 = 0;
+    if constexpr (T::kSumTells && !kCut) {
+      if (softmax.in_doubt()) {
+        if (softmax.exceeds(rS, 0)) softmax.template raise<false>(rS, 0);
+        raises1 = softmax.exceeds(rS, 1);
+        softmax.trust();
+      }
+      softmax.exponentiate(rS, 0);
+      raises1 = __any_sync(0xffffffffu, raises1 || softmax.row_sum[0] < 0.0f);
+    } else {
+      if (softmax.exceeds(rS, 0)) softmax.template raise<false>(rS, 0);
+      softmax.exponentiate(rS, 0);
+      raises1 = softmax.exceeds(rS, 1, softmax.row_sum[0]);
+    }
+    if (raises1) softmax.template raise<false>(rS, 1);
     wgmma_wait<0>();
     pin(rO);
     release(sh.v_free[v.stage]);
     v.advance();
-    if (raised0 || raised1) rescale(rO, alpha);
+    if (softmax.raised) rescale(rO, softmax);
     softmax.exponentiate(rS, 1);
+    if constexpr (kCut) softmax.doubt();
     scores.to_probabilities(p, rP, rS, j);  // only now: P(j+1) V(j+1) was reading rP
     pin(rP);
   }
@@ -237,9 +251,11 @@ struct Kernel {
       return visit;
   }
 
-  FC_DEVICE static void rescale(typename T::OutputTile& rO, const float (&alpha)[2]) {
+  FC_DEVICE static void rescale(typename T::OutputTile& rO, OnlineSoftmax& softmax) {
 #pragma unroll
-    for (int i = 0; i < T::kHeadDimV / 2; ++i) rO[i] *= alpha[i / 2 % 2];
+    for (int i = 0; i < T::kHeadDimV / 2; ++i) rO[i] *= softmax.factor[i / 2 % 2];
+    softmax.factor[0] = softmax.factor[1] = 1.0f;
+    softmax.raised = 0;
   }
 
   // Consumers issue their products in turn, so that one computes its softmax while the tensor cores

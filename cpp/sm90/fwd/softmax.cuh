@@ -9,13 +9,13 @@ namespace flashcore::sm90::fwd {
 // The reference a row's exponentials are relative to may lag behind the true maximum: O is rescaled
 // only when that goes too far. All terms of a row share one reference, so the result is exact.
 //
-// When a block is `unproven`, its largest scores are searched for, and one that exceeds the
-// reference by more than a factor of 2^8 raises it. A proven block is one whose rows have all seen
-// a whole block before. With kSumTells (bfloat16, which holds whatever float holds) the search is
-// left out there: the row's sum so far tells whether the reference has been left behind, by a
-// factor of up to 2^40. What a single block may then add without warning is a factor of 2^56 (39 in
-// the scores), or 2^80 (55) if the next one does not leave all that far behind in turn; past that
-// the row becomes NaN, and repair.cuh computes it again.
+// The largest scores of a block are searched for, and one that exceeds the reference by more than a
+// factor of 2^8 raises it. With kSumTells (bfloat16, which holds whatever float holds) the search
+// is left out once all rows have seen a whole block: the row's sum so far tells whether the
+// reference has been left behind, by a factor of up to 2^40. What a single block may then add
+// without warning is a factor of 2^56 (39 in the scores), or 2^80 (55) if the next one does not
+// leave all that far behind in turn; past that the row becomes NaN, and repair.cuh computes it
+// again.
 template <bool kSumTells>
 struct OnlineSoftmax {
   static constexpr int kRows = 2;
@@ -28,17 +28,28 @@ struct OnlineSoftmax {
   float row_max[kRows] = {-INFINITY, -INFINITY};  // the reference, a raw score q . k
   float row_sum[kRows] = {0.0f, 0.0f};            // this thread's share until finish()
   float reference[kRows] = {0.0f, 0.0f};          // row_max * scale_log2; 0 if no key was visible
-  float lse[kRows];                               // set by finish()
+  float trusted = 0.0f;  // with kSumTells: sums below it tell that no row is left behind
+  float factor[kRows] = {1.0f, 1.0f};  // what O is to be multiplied by,
+  int raised = 0;                      // if it is
+  float lse[kRows];                    // set by finish()
 
-  // Whether row r of any thread of the warp is to be raised before exponentiate(). kCut: the block
-  // is, so it is unproven.
+  // Whether the next block is to be searched. These three cost a usual block one comparison a row.
+  FC_DEVICE bool in_doubt() const {
+    return __any_sync(0xffffffffu, !(row_sum[0] < trusted) || !(row_sum[1] < trusted));
+  }
+  // After a block that was cut: rows may have seen little of it.
+  FC_DEVICE void doubt() { trusted = 0.0f; }
+  // After one that was not, if both rows have a reference.
+  FC_DEVICE void trust() {
+    trusted = row_max[0] == -INFINITY || row_max[1] == -INFINITY ? 0.0f : kLargest;
+  }
+
+  // Whether row r of any thread of the warp is to be raised before exponentiate().
   // after: a number >= 0 that the answer is to wait for. So the compiler issues what leads to it
   // beside the search for the maximum, not behind it.
-  template <bool kCut, int N>
-  FC_DEVICE bool exceeds(const float (&s)[N], int r, bool unproven, float after = 0.0f) const {
+  template <int N>
+  FC_DEVICE bool exceeds(const float (&s)[N], int r, float after = 0.0f) const {
     bool const lost = kSumTells && !(row_sum[r] > 0.0f && row_sum[r] < kLargest);
-    if constexpr (kSumTells && !kCut)
-      if (!__any_sync(0xffffffffu, unproven || lost || after < 0.0f)) return false;
     return __any_sync(0xffffffffu,
                       lost || thread_max(s, r) > row_max[r] + headroom || after < 0.0f);
   }
@@ -54,11 +65,11 @@ struct OnlineSoftmax {
     return fmaxf(m[0], m[1]);
   }
 
-  // Makes the maximum so far the reference of row r; returns what O is to be multiplied by. A row
+  // Makes the maximum so far the reference of row r; O is to be multiplied by factor[r]. A row
   // without a visible key yet keeps 0, so that exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
   // kFirst: there has been no block before.
   template <bool kFirst, int N>
-  FC_DEVICE float raise(const float (&s)[N], int r) {
+  FC_DEVICE void raise(const float (&s)[N], int r) {
     float row_max_new = fmaxf(row_max[r], quad_max(thread_max(s, r)));
     float sum = 0.0f;
     if constexpr (kSumTells && !kFirst) {  // stands for a maximum that nobody searched for
@@ -66,32 +77,35 @@ struct OnlineSoftmax {
       if (sum >= kLargest)
         row_max_new = fmaxf(row_max_new, row_max[r] + __log2f(sum) * rcp_approx(scale_log2));
     }
-    float const raised = row_max_new == -INFINITY ? 0.0f : row_max_new * scale_log2;
+    float const reference_new = row_max_new == -INFINITY ? 0.0f : row_max_new * scale_log2;
     // Both references as they were rounded, which of large scores is much; exactly 1 where the
     // maximum stays. No branch: it would cost copies where nothing is raised.
-    float const down = row_max[r] == -INFINITY ? -INFINITY : reference[r] - raised;
+    float const down = row_max[r] == -INFINITY ? -INFINITY : reference[r] - reference_new;
     // A factor below float's range would drop what a sum of this size still owes to the result.
     bool const dropped = sum >= kKept && down < -125.0f;
     float const alpha = exp2_approx(sum >= kTooLarge || dropped ? NAN : down);
-    reference[r] = raised;
+    reference[r] = reference_new;
     row_max[r] = row_max_new;
     row_sum[r] *= alpha;
     // A thread that holds only small terms is not lost: nothing to a sum that is at least 1.
     if (kSumTells && row_max_new != -INFINITY && row_sum[r] < FLT_MIN) row_sum[r] = FLT_MIN;
-    return alpha;
+    if constexpr (!kFirst) {
+      factor[r] = alpha;
+      raised = 1;
+    }
   }
 
   // Row r of s becomes exp(scale * (s - row_max)) and is added to the row sum.
   template <int N>
   FC_DEVICE void exponentiate(float (&s)[N], int r) {
-    float sum = 0.0f;
+    float sum;
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
       float& a = s[i + 2 * r];
       float& b = s[i + 2 * r + 1];
       a = exp2_approx(__fmaf_rn(a, scale_log2, -reference[r]));
       b = exp2_approx(__fmaf_rn(b, scale_log2, -reference[r]));
-      sum += a + b;
+      sum = i == 0 ? a + b : sum + (a + b);  // 0 + x is an instruction
     }
     row_sum[r] += sum;
   }

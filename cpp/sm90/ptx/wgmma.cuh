@@ -30,17 +30,29 @@ FC_DEVICE void pin(float (&r)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
-// The address in a descriptor. In a cluster shared-memory addresses also say which block, in bits
-// that would fall into the next field.
-FC_DEVICE uint64_t descriptor_address(const void* p) { return (smem_address(p) & 0x3ffff) >> 4; }
+// Where a matrix begins in shared memory, in the units of a descriptor: 16 bytes. From a pointer it
+// takes several instructions, which count in a loop: there, it is made before and moved on.
+struct MatrixAt {
+  uint32_t units;
+
+  // In a cluster addresses also say which block, in bits that would fall into the next field.
+  FC_DEVICE MatrixAt(const void* p) : units((smem_address(p) & 0x3ffff) >> 4) {}
+  FC_DEVICE MatrixAt operator+(int bytes) const {
+    MatrixAt moved = *this;
+    moved.units += static_cast<uint32_t>(bytes >> 4);
+    return moved;
+  }
+};
+// layout: what layout.h says of it, which is all but where it is.
+FC_DEVICE uint64_t descriptor(uint64_t layout, MatrixAt at) { return layout | at.units; }
 
 // S (64 x N) = A B^T over kDepth columns. A: rows_a x kDepth panels in shared memory starting at
 // this warpgroup's row 0; B: rows_b x kDepth, from its first row. Both K-major. With kAdd, S +=.
 // Issues, does not wait.
 template <class T, int N, int kDepth, int kRowsA, int kRowsB = N, bool kAdd = false>
-FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
-  uint64_t const da = k_major_descriptor() | descriptor_address(a);
-  uint64_t const db = k_major_descriptor() | descriptor_address(b);
+FC_DEVICE void gemm_abt(float (&s)[N / 2], MatrixAt a, MatrixAt b) {
+  uint64_t const da = descriptor(k_major_descriptor(), a);
+  uint64_t const db = descriptor(k_major_descriptor(), b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     int const panel = k / 4, step = k % 4;
@@ -55,8 +67,8 @@ FC_DEVICE void gemm_abt(float (&s)[N / 2], const void* a, const void* b) {
 
 // O (64 x N) += P B. P: 64 x kDepth in registers, packed; B: kDepth x N panels, MN-major.
 template <class T, int N, int kDepth>
-FC_DEVICE void gemm_pb(float (&o)[N / 2], const uint32_t (&p)[kDepth / 4], const void* b) {
-  uint64_t const db = mn_major_descriptor(kDepth) | descriptor_address(b);
+FC_DEVICE void gemm_pb(float (&o)[N / 2], const uint32_t (&p)[kDepth / 4], MatrixAt b) {
+  uint64_t const db = descriptor(mn_major_descriptor(kDepth), b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
     Wgmma<T, N>::template rs<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3],
@@ -74,17 +86,17 @@ FC_DEVICE void three_ones(uint32_t (&a)[2]) {
 // C (64 x N) += A B^T, to every row the sums of the first three columns of B. A: three_ones(); B: N
 // rows of 8 bfloat16. One that is infinite or NaN makes its column of C NaN.
 template <int N>
-FC_DEVICE void gemm_ones(float (&c)[N / 2], const uint32_t (&a)[2], const void* b) {
+FC_DEVICE void gemm_ones(float (&c)[N / 2], const uint32_t (&a)[2], MatrixAt b) {
   Wgmma<__nv_bfloat16, N>::template rs<0>(c, a[0], a[0], a[1], a[1],
-                                          narrow_descriptor() | descriptor_address(b));
+                                          descriptor(narrow_descriptor(), b));
 }
 
 // C (64 x N) = A B. A: this warpgroup's row 0 of rows_a x kDepth panels, K-major; B: kDepth rows,
 // MN-major, from the panel of its first column on. Both in shared memory. With kAdd, C += A B.
 template <class T, int N, int kDepth, int kRowsA, bool kAdd = false>
-FC_DEVICE void gemm_ab(float (&c)[N / 2], const void* a, const void* b) {
-  uint64_t const da = k_major_descriptor() | descriptor_address(a);
-  uint64_t const db = mn_major_descriptor(kDepth) | descriptor_address(b);
+FC_DEVICE void gemm_ab(float (&c)[N / 2], MatrixAt a, MatrixAt b) {
+  uint64_t const da = descriptor(k_major_descriptor(), a);
+  uint64_t const db = descriptor(mn_major_descriptor(kDepth), b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     int const panel = k / 4, step = k % 4;
@@ -100,9 +112,9 @@ FC_DEVICE void gemm_ab(float (&c)[N / 2], const void* a, const void* b) {
 // C (64 x N) = A^T B^T. A: kDepth rows of one panel, MN-major; B: rows_b x kDepth panels, from its
 // first row, K-major. Both in shared memory.
 template <class T, int N, int kDepth>
-FC_DEVICE void gemm_atbt(float (&c)[N / 2], const void* a, const void* b) {
-  uint64_t const da = mn_major_descriptor(kDepth) | descriptor_address(a);
-  uint64_t const db = k_major_descriptor() | descriptor_address(b);
+FC_DEVICE void gemm_atbt(float (&c)[N / 2], MatrixAt a, MatrixAt b) {
+  uint64_t const da = descriptor(mn_major_descriptor(kDepth), a);
+  uint64_t const db = descriptor(k_major_descriptor(), b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     int const panel = k / 4, step = k % 4;
@@ -118,9 +130,9 @@ FC_DEVICE void gemm_atbt(float (&c)[N / 2], const void* a, const void* b) {
 // C (64 x N) += A^T B. A: kDepth rows of one panel; B: kDepth rows, from the panel of its first
 // column on. Both MN-major, in shared memory.
 template <class T, int N, int kDepth>
-FC_DEVICE void gemm_atb(float (&c)[N / 2], const void* a, const void* b) {
-  uint64_t const da = mn_major_descriptor(kDepth) | descriptor_address(a);
-  uint64_t const db = mn_major_descriptor(kDepth) | descriptor_address(b);
+FC_DEVICE void gemm_atb(float (&c)[N / 2], MatrixAt a, MatrixAt b) {
+  uint64_t const da = descriptor(mn_major_descriptor(kDepth), a);
+  uint64_t const db = descriptor(mn_major_descriptor(kDepth), b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
     Wgmma<T, N>::template ss<1, 1>(c, da + ((k * 16 * kPanelBytes) >> 4),
