@@ -9,8 +9,11 @@
 
 namespace flashcore::tile {
 
-template <int kStages>
+// kToggles: of two stages, without a comparison. The forward's steps are shorter for it; what else
+// the compiler makes of it differs from kernel to kernel, and in the backward not all gain.
+template <int kStages, bool kToggles = false>
 struct Ring {
+  static_assert(!kToggles || kStages == 2);
   int stage = 0;
   uint32_t parity = 0;
 
@@ -18,7 +21,7 @@ struct Ring {
   static FC_HD constexpr Ring consumer() { return {0, 0}; }
 
   FC_HD constexpr void advance() {
-    if constexpr (kStages == 2) {
+    if constexpr (kToggles) {
       parity ^= static_cast<uint32_t>(stage);
       stage = 1 - stage;
     } else if (++stage == kStages) {

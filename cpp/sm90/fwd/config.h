@@ -17,6 +17,14 @@ enum class Mask : uint8_t {
   lists
 };  // causal is a window; lists: of blocks, and a window
 
+// Which calls a row is for, of those that it takes. See unsuited() in dispatch.cpp.
+enum class Calls : uint8_t {
+  all,
+  few_tiles,    // all run at once: what counts is the time of one
+  even_rounds,  // large tiles come out even
+  many_keys     // tiles have many, and are many
+};
+
 struct FwdConfig {
   DType dtype;
   int head_dim;    // of q and k, rounded up; the copy engine pads with zeros
@@ -30,7 +38,7 @@ struct FwdConfig {
   int q_stages;  // 2: the next tile's Q is fetched while consumers work on this one
   int staged;    // columns of O that leave through shared memory; the others from registers
   bool turns;    // consumers issue their products in turn instead of as they come
-  bool few;      // for calls whose tiles all run at once: what counts is the time of one
+  Calls calls;
 
   constexpr int consumers() const { return block_m / 64; }  // of a team
   constexpr int threads() const { return 128 * (1 + teams * consumers()); }
@@ -40,7 +48,7 @@ struct FwdConfig {
            (teams * consumers() == 1 || teams * consumers() == 2 || teams * consumers() == 4) &&
            block_n % 16 == 0 && block_n <= 256 && stages >= 2 && (q_stages == 1 || q_stages == 2) &&
            (staged == head_dim_v || (staged % 64 == 0 && staged < head_dim_v)) &&
-           !(turns && teams > 1);
+           !(turns && (teams > 1 || consumers() != 2));
   }
 };
 

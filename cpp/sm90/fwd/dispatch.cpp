@@ -31,6 +31,7 @@ struct Instance {
   void (*launch)(const FwdParams&, int blocks, int device, cudaStream_t);
 };
 
+using enum Calls;
 using enum DType;
 using enum Mask;
 constexpr Instance kInstances[] = {
@@ -125,6 +126,53 @@ int64_t most_tiles(const FwdConfig& c, const Problem& p) {
                                          : p.batch * ceil_div<int64_t>(p.seqlen_q, c.block_m));
 }
 
+// Keys that a row sees, in the mean; of packed sequences of the mean length.
+int64_t mean_keys(const Problem& p) {
+  int64_t const sequences = max_of<int64_t>(1, p.batch);
+  int64_t const rows = p.cu_seqlens_q ? p.total_q / sequences : p.seqlen_q;
+  int64_t const keys = p.cu_seqlens_k ? p.total_k / sequences : p.seqlen_k;
+  bool const causal = p.window.right < tile::Window::kOpen;
+  return min_of(causal ? keys - min_of(rows, keys) / 2 : keys, p.window.left + p.window.right);
+}
+
+// Why another kernel that takes the call is faster; empty if none is. What each was compared with
+// is in docs/kernels/sm90_fwd.md.
+std::string unsuited(const FwdConfig& c, const Problem& p) {
+  int64_t const processors = cuda::devices()[p.device_id].multiprocessors;
+  int64_t const tiles = most_tiles(c, p);
+  auto const divides_keys = [&] { return p.split_size > 0 || split_keys(c, p).count > 1; };
+  auto const rounds = [&](int block_m) {
+    return ceil_div(p.batch * p.num_heads_q * ceil_div<int64_t>(p.seqlen_q, block_m), processors);
+  };
+  switch (c.calls) {
+    case all:
+      return {};
+    case few_tiles: {
+      // With a mask tiles differ, and small ones fill the gaps.
+      int64_t const most = (p.window.open() ? 1 : 2) * processors;
+      if (tiles > most || divides_keys())
+        return text("is for calls with at most ", most, " tiles, which divide no keys");
+      return {};
+    }
+    case even_rounds:
+      // Two tiles of half the rows take a multiprocessor as long, and one of them less.
+      if (2 * rounds(c.block_m) > rounds(c.block_m / 2) || !tile::alike(p) || divides_keys())
+        return text("is for lengths and numbers of heads that tiles of ", c.block_m, " rows fill");
+      return {};
+    case many_keys: {
+      // Small tiles lose less where the mask cuts them, and spread over more teams.
+      int64_t const least = c.head_dim <= 32 ? 512 : 2048;
+      bool const one_tile = p.seqlen_q > c.block_m / 2 && p.seqlen_q <= c.block_m;
+      bool const many = mean_keys(p) >= least && tiles > c.teams * processors;
+      if (!many && !(one_tile && divides_keys()))
+        return text("is for more than ", c.teams * processors, " tiles, whose rows see ", least,
+                    " keys in the mean");
+      return {};
+    }
+  }
+  return {};
+}
+
 std::string refusal(const Kernel& kernel, const Problem& p) {
   FwdConfig const& c = instance_of(kernel).config;
   if (std::string why = misfit(p, c.dtype, c.head_dim, c.head_dim_v); !why.empty()) return why;
@@ -132,14 +180,7 @@ std::string refusal(const Kernel& kernel, const Problem& p) {
   if (std::string why = misfit_blocks(c, p); !why.empty()) return why;
   if (has_terms(p) && !c.terms) return "has no softcap, ALiBi or dropout";
   if (c.mask == none && !p.window.open()) return "has no causal mask and no window";
-  if (c.few) {
-    // With a mask tiles differ, and small ones fill the gaps.
-    int64_t const most =
-        (p.window.open() ? 1 : 2) * int64_t{cuda::devices()[p.device_id].multiprocessors};
-    if (p.split_size > 0 || most_tiles(c, p) > most || split_keys(c, p).count > 1)
-      return text("is for calls with at most ", most,
-                  " tiles, which divide no keys: another kernel is faster here");
-  }
+  if (std::string why = unsuited(c, p); !why.empty()) return why;
   if (p.alibi_slopes && p.has_q_offset && (p.q_offset > kLongest || p.q_offset < -kLongest))
     return text("takes a q_offset of up to ", kLongest, " beside alibi_slopes");
   if (!(p.scale > 0)) return text("scale must be positive, got ", p.scale);
@@ -335,7 +376,7 @@ std::vector<Kernel> table() {
     const char* const mask = c.mask == none ? "none" : c.mask == window ? "window" : "blocks";
     names.push_back(text("sm90-fwd-", c.dtype == bf16 ? "bf16" : "f16", "-d", c.head_dim,
                          c.head_dim_v == c.head_dim ? "" : text("v", c.head_dim_v), "-", mask,
-                         c.terms ? "-terms" : "", c.few ? "-few-" : "-",
+                         c.terms ? "-terms" : "", c.calls == few_tiles ? "-few-" : "-",
                          c.teams > 1 ? text(c.teams, "x") : "", c.block_m, "x", c.block_n));
     flashcore_kernel_info info{};
     info.struct_size = sizeof info;

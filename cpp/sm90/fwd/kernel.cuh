@@ -36,7 +36,7 @@ template <class T>
 struct Kernel {
   using Element = typename T::Element;
   using Shared = typename T::Shared;
-  using Ring = tile::Ring<T::kStages>;
+  using Ring = tile::Ring<T::kStages, T::kStages == 2>;
   using QRing = tile::Ring<T::kQStages>;
   using Scores = fwd::Scores<T>;
   using OnlineSoftmax = fwd::OnlineSoftmax<T::kSumTells>;
@@ -113,7 +113,7 @@ struct Kernel {
     typename T::ScoreTile rS;
     typename T::ProbTile rP;
     Scores const scores(p, work, thread_row);
-    MatrixAt const sK(sh.k[0]), sV(sh.v[0]);
+    MatrixAt const sK = kept(MatrixAt(sh.k[0])), sV = kept(MatrixAt(sh.v[0]));
 
     int visit = work.last - 1, skipped = 0;
     if constexpr (T::kSkips)
@@ -135,7 +135,8 @@ struct Kernel {
     }
 
     // Blocks that a mask cuts come first and last; in between nobody asks.
-    int const full = T::kMask == Mask::none ? work.first : max_of(work.first, work.first_full);
+    int const full =
+        kept(T::kMask == Mask::none ? work.first : max_of(work.first, work.first_full));
     for (--visit; visit >= work.first;)
       if (T::kMask != Mask::none && work.cut(visit))
         step<true>(p, sh, work, scores, sQ, sK, sV, k, v, softmax, rS, rP, rO, visit--);
@@ -264,8 +265,7 @@ struct Kernel {
     if constexpr (T::kTurns) named_barrier_sync(T::kTurn + threadIdx.x / 128 - 1, 256);
   }
   FC_DEVICE static void pass_turn() {
-    if constexpr (T::kTurns)
-      named_barrier_arrive(T::kTurn + threadIdx.x / 128 % T::kConsumers, 256);
+    if constexpr (T::kTurns) named_barrier_arrive(T::kTurn + 2 - threadIdx.x / 128, 256);
   }
 
   // One arrival per warp: the warps of a warpgroup may be apart.

@@ -43,6 +43,16 @@ struct MatrixAt {
     return moved;
   }
 };
+// The same x, in a register from here on: the compiler does not know what it is, or it would work
+// it out again in every step of a loop, which it takes for cheaper.
+FC_DEVICE int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+FC_DEVICE MatrixAt kept(MatrixAt at) {
+  asm volatile("" : "+r"(at.units));
+  return at;
+}
 // layout: what layout.h says of it, which is all but where it is.
 FC_DEVICE uint64_t descriptor(uint64_t layout, MatrixAt at) { return layout | at.units; }
 
