@@ -12,6 +12,7 @@ import pytest
 from cases import Case
 from gpu import (
     ONE_PART,
+    Run,
     assert_near_the_cpu,
     assert_same_bits,
     check,
@@ -385,6 +386,132 @@ def test_scores_of_millions(d, dtype, poisoned):
         check(case.but(k=768, lengths_k=(384,)), arrays=arrays, scale=1.0)
     else:
         check(case, arrays=arrays, scale=1.0)
+
+
+# ---- kernels that large calls alone get: head dims 32 and 64 -------------------------------------
+
+# Copies of one sequence, in memory once, one of which is checked: so many that tiles of 256 rows
+# take no more rounds on 132 multiprocessors than two of 128; and more tiles than two a
+# multiprocessor.
+COPIES = {"-none-256x64": 88, "-window-2x128x64": 140}
+WIDE = Case("wide", dtype="bf16", b=1, q=200, k=300, h=(1, 1), d=64)  # a tile of 256, two of 128
+DEEP = WIDE.but(k=2300, causal=True)  # rows that see 2048 keys and more, in the mean
+LARGE = {
+    "-none-256x64": [
+        WIDE,
+        WIDE.but(dtype="f16"),
+        WIDE.but(d=40),
+        WIDE.but(q=129),
+        WIDE.but(q=256, k=64),
+        WIDE.but(q=250, k=1),
+        WIDE.but(k=0),
+        WIDE.but(sinks=True),
+        WIDE.but(scale=4.0),
+        WIDE.but(strides="sliced", layout="bhsd"),
+        WIDE.but(dv=16),
+        WIDE.but(q=700, k=131),  # three tiles, the last of them short
+    ],
+    "-window-2x128x64": [
+        DEEP,
+        DEEP.but(dtype="f16"),
+        DEEP.but(d=40),
+        DEEP.but(q=257),
+        DEEP.but(q=255, k=2304),
+        DEEP.but(align="top_left", k=2500),
+        DEEP.but(q_offset=2050, sinks=True),
+        DEEP.but(q_offset=-150),  # rows that see nothing
+        DEEP.but(causal=False, window=(2100, 3)),
+        DEEP.but(causal=False, window=(2040, 20), dtype="f16"),
+        DEEP.but(layout="bhsd", strides="sliced", dv=24),
+        DEEP.but(d=32, k=700),
+        DEEP.but(d=32, k=620, dtype="f16", causal=False, window=(600, 0)),
+        DEEP.but(d=8, k=700, sinks=True),
+    ],
+}
+
+
+def run_large(kernel: str, case: Case, arrays: dict[str, np.ndarray] | None = None) -> Run:
+    """All copies are to have the same bits; the result is the first one."""
+    arrays, options = arrays or case.arrays(), case.options()
+    inputs = tuple(on_gpu(arrays[x]).expand(COPIES[kernel], -1, -1, -1) for x in "qkv")
+    on_device = {name: on_gpu(x) for name, x in options.items()}
+    plan = fc.explain(*inputs, **on_device)
+    if not plan.kernel:
+        pytest.skip(f"refused: {why_refused(*inputs, **on_device)}")
+    assert kernel in plan.kernel
+    result = fc.attention(*inputs, **on_device, return_lse=True)
+    first = fc.Result(result.out[:1], result.lse[:1], None)
+    for copies, one in zip(result[:2], first[:2]):
+        whole = torch.int32 if one.element_size() == 4 else torch.int16
+        assert (copies.contiguous().view(whole) == one.contiguous().view(whole)).all()
+    return Run(arrays, options, inputs, on_device, first)
+
+
+@pytest.mark.parametrize(
+    "kernel,case",
+    [pytest.param(k, c, id=f"{k[1:]}-{c}") for k, of_it in LARGE.items() for c in of_it],
+)
+def test_large_calls(kernel, case):
+    done = run_large(kernel, case)
+    a = done.arrays
+    assert_close_to_reference(done.result, a["q"], a["k"], a["v"], **done.values)
+    assert_near_the_cpu(done.result, done.on_the_cpu())
+
+
+@pytest.mark.parametrize("kernel,case", [(k, of_it[0]) for k, of_it in LARGE.items()])
+@pytest.mark.parametrize("jump", [-80, 6, 40, 70, 95, 300])
+def test_large_calls_with_scores_that_change_from_block_to_block(kernel, case, jump):
+    stairs = jump * ((case.k - np.arange(case.k)) // 128)
+    done = run_large(kernel, case.but(scale=1.0), with_scores(case, stairs))
+    a = done.arrays
+    assert_close_to_reference(done.result, a["q"], a["k"], a["v"], **done.values)
+
+
+@pytest.mark.parametrize("kernel,case", [(k, of_it[0]) for k, of_it in LARGE.items()])
+@pytest.mark.parametrize("name", "kv")
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_large_calls_with_poison(kernel, case, name, poison):
+    arrays = case.arrays()
+    arrays[name][:, case.k - 70, :, 5] = poison  # with causal, some rows do not see it
+    done = run_large(kernel, case, arrays)
+    assert_close_to_reference(done.result, *(arrays[x] for x in "qkv"), **done.values)
+
+
+@pytest.mark.parametrize("lengths", [(2300,) * 70, (2400, 2200) * 35, (2100, 1) * 70], ids=str)
+def test_large_calls_of_sequences_of_unlike_lengths(lengths):
+    """Padded, and packed: of 70 sequences and 2 heads, at least 280 tiles of 128 rows."""
+    b, most = len(lengths), max(lengths)
+    case = Case("unlike", dtype="bf16", b=1, q=260, k=most, h=(2, 1), d=64, causal=True)
+    arrays = case.arrays()
+    inputs = tuple(on_gpu(arrays[x]).expand(b, -1, -1, -1) for x in "qkv")
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    options = {"causal": True, "seqlens_k": seqlens}
+    plan = fc.explain(*inputs, **options)
+    if not plan.kernel:
+        pytest.skip(f"refused: {why_refused(*inputs, **options)}")
+    assert "-window-2x128x64" in plan.kernel
+    padded = fc.attention(*inputs, **options, return_lse=True)
+    for i in (0, 1, b - 2, b - 1):
+        k, v = (arrays[x][:, : lengths[i]] for x in "kv")
+        one = fc.Result(padded.out[i : i + 1], padded.lse[i : i + 1], None)
+        assert_close_to_reference(one, arrays["q"], k, v, causal=True)
+
+    starts = torch.nn.functional.pad(seqlens.cumsum(0), (1, 0)).to(torch.int32)
+    rows = torch.arange(0, 260 * b + 1, 260, dtype=torch.int32, device="cuda")
+    q = inputs[0].reshape(-1, 2, 64)
+    k, v = (torch.cat([x[i, :n] for i, n in enumerate(lengths)]) for x in inputs[1:])
+    options = {
+        "causal": True,
+        "cu_seqlens_q": rows,
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": 260,
+        "max_seqlen_k": most,
+    }
+    packed = fc.attention(q, k, v, **options, return_lse=True)
+    if sum(lengths) // b >= 2048 + 130:
+        assert "-window-2x128x64" in fc.explain(q, k, v, **options).kernel
+    out = padded.out.reshape(-1, 2, 64)
+    torch.testing.assert_close(packed.out, out, rtol=0, atol=2**-7 * out.abs().max().item())
 
 
 # ---- which keys, which bits ---------------------------------------------------------------------
