@@ -47,6 +47,9 @@ CASES = [
     MANY.but(blocks=(64, 64), causal=True, d=64),
     MANY.but(b=1, q=6200, causal=True, align="top_left"),
     MANY.but(b=1, q=6200, window=(6200, 10), align="top_left"),
+    # Large tiles, forward.
+    MANY.but(b=1, q=200, h=(88, 88), d=64),
+    MANY.but(b=1, q=200, k=620, h=(140, 140), d=32, causal=True),
     *(MANY.but(d=d, **options)
       for d in (64, 96, 128)
       for options in ({"causal": True}, {"window": (64, 0)})),
