@@ -477,7 +477,7 @@ def test_large_calls_with_poison(kernel, case, name, poison):
     assert_close_to_reference(done.result, *(arrays[x] for x in "qkv"), **done.values)
 
 
-@pytest.mark.parametrize("lengths", [(2300,) * 70, (2400, 2200) * 35, (2100, 1) * 70], ids=str)
+@pytest.mark.parametrize("lengths", [(2300,) * 70, (2400, 2200) * 35, (2300, 1) * 35], ids=lambda n: f"{n[0]}-{n[1]}")
 def test_large_calls_of_sequences_of_unlike_lengths(lengths):
     """Padded, and packed: of 70 sequences and 2 heads, at least 280 tiles of 128 rows."""
     b, most = len(lengths), max(lengths)
