@@ -67,6 +67,7 @@ GPU = [
     Case("small blocks", blocks=(64, 64), causal=True, softcap=3.0, q=200, k=300),
     Case("many tiles", b=3, q=130, k=100, h=(50, 50)),
     Case("many tiles, longer", b=3, q=150, k=300, h=(50, 50)),
+    Case("block lists, many tiles of many keys", blocks=(128, 128), b=1, q=200, k=2300, h=(140, 1)),
     Case("many tiles of 256 rows", b=1, q=200, k=100, h=(88, 1)),
     Case("many tiles, causal", b=3, q=130, k=100, h=(50, 50), causal=True),
     Case("many tiles, causal, long keys", q=130, k=1700, h=(70, 1), causal=True),
