@@ -95,6 +95,31 @@ def test_the_causal_pattern_is_causal(d, length, dtype):
     assert_close_to_reference(got, a["q"], a["k"], a["v"], causal=True)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("d", [32, 64])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("window", [None, (2500, 0)])
+def test_the_causal_pattern_is_causal_in_tiles_of_any_size(d, block, window, dtype):
+    """Long sequences have tiles of 128 rows, which lists of blocks of 64 cannot have. Scores are
+    large, so that references are raised at many places."""
+    length = 4110
+    case = Case("long", dtype=dtype, b=1, q=length, k=length, h=(12, 1), d=d, scale=d**0.5 / 4)
+    case = case.but(causal=True) if window is None else case.but(window=window)
+    arrays = case.arrays()
+    inputs = tuple(on_gpu(arrays[name]) for name in "qkv")
+    options = case.options()
+    plan = fc.explain(*inputs, **options)
+    if not plan.kernel:
+        pytest.skip("refused")
+    assert "-window-2x128x64" in plan.kernel
+    triangle = of_blocks(lower_triangle(-(-length // block)), (block, block), (length, length))
+    triangle = triangle.map(on_gpu)
+    kernel = fc.explain(*inputs, **options, block_mask=triangle).kernel
+    assert ("-blocks-2x128x64" if block == 128 else "-blocks-4x64x64") in kernel
+    dense = fc.attention(*inputs, **options, return_lse=True)
+    assert_same_bits(fc.attention(*inputs, **options, return_lse=True, block_mask=triangle), dense)
+
+
 @pytest.mark.parametrize("d", KERNELS)
 def test_all_blocks_are_the_dense_kernel(d):
     done = run(Case("full", dtype="bf16", q=512, k=640, h=(4, 2), d=d))

@@ -183,7 +183,7 @@ struct Kernel {
       softmax.template raise<true>(s, r);
       softmax.exponentiate(s, r);
     }
-    work.cut(visit) ? softmax.doubt() : softmax.trust();
+    softmax.trust(!(work.cut(visit) && cuts(work, j)));
     scores.to_probabilities(p, rP, s, j);
 #pragma unroll
     for (int i = kKeys / 4; i < T::kBlockN / 4; ++i) rP[i] = 0;
@@ -219,11 +219,12 @@ struct Kernel {
     // would overlap; so it asks for the sum of row 0, which is never negative. Warps may take
     // branches apart, so they hold no wait for products.
     int raises1 = 0;
-    if constexpr (T::kSumTells && !kCut) {
-      if (softmax.in_doubt()) {
+    if constexpr (T::kSumTells) {
+      bool const cut = kCut && cuts(work, j);
+      if (softmax.in_doubt(cut)) {
         if (softmax.exceeds(rS, 0)) softmax.template raise<false>(rS, 0);
         raises1 = softmax.exceeds(rS, 1);
-        softmax.trust();
+        softmax.trust(!cut);
       }
       softmax.exponentiate(rS, 0);
       raises1 = __any_sync(0xffffffffu, raises1 || softmax.row_sum[0] < 0.0f);
@@ -239,9 +240,17 @@ struct Kernel {
     v.advance();
     if (softmax.raised) rescale(rO, softmax);
     softmax.exponentiate(rS, 1);
-    if constexpr (kCut) softmax.doubt();
     scores.to_probabilities(p, rP, rS, j);  // only now: P(j+1) V(j+1) was reading rP
     pin(rP);
+  }
+
+  // Whether a key block that is cut for the tile is for this consumer's rows. What these do must
+  // not depend on the others: the same bits come of tiles of any size, of a mask's blocks of any
+  // size.
+  FC_DEVICE static bool cuts(const Work& work, int j) {
+    if constexpr (T::kConsumers == 1) return true;
+    int const begin = 64 * ((threadIdx.x / 128 - 1) % T::kConsumers);
+    return work.cut(j * T::kBlockN, T::kBlockN, begin, begin + 64);
   }
 
   // Which key block is in the stage. To be read before it is released.

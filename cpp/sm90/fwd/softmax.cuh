@@ -33,15 +33,15 @@ struct OnlineSoftmax {
   int raised = 0;                      // if it is
   float lse[kRows];                    // set by finish()
 
-  // Whether the next block is to be searched. These three cost a usual block one comparison a row.
-  FC_DEVICE bool in_doubt() const {
-    return __any_sync(0xffffffffu, !(row_sum[0] < trusted) || !(row_sum[1] < trusted));
+  // Whether a block is to be searched: if it is cut, or if rows may have seen little so far. Costs
+  // a usual one a comparison a row.
+  FC_DEVICE bool in_doubt(bool cut) const {
+    return __any_sync(0xffffffffu, cut || !(row_sum[0] < trusted) || !(row_sum[1] < trusted));
   }
-  // After a block that was cut: rows may have seen little of it.
-  FC_DEVICE void doubt() { trusted = 0.0f; }
-  // After one that was not, if both rows have a reference.
-  FC_DEVICE void trust() {
-    trusted = row_max[0] == -INFINITY || row_max[1] == -INFINITY ? 0.0f : kLargest;
+  // After a block that was searched: whole, if it was not cut.
+  FC_DEVICE void trust(bool whole) {
+    bool const none = row_max[0] == -INFINITY || row_max[1] == -INFINITY;
+    trusted = whole && !none ? kLargest : 0.0f;
   }
 
   // Whether row r of any thread of the warp is to be raised before exponentiate().

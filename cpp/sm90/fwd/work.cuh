@@ -27,6 +27,12 @@ struct alignas(16) Work {
   // Whether the mask leaves out some of key block j.
   FC_DEVICE bool cut(int j) const { return j >= last_full || j < first_full; }
 
+  // The same of keys [key, key + keys), for rows [begin, end) of the tile alone.
+  FC_DEVICE bool cut(int key, int keys, int begin, int end) const {
+    return key + keys > min_of(seqlen_k, window_end + begin) ||
+           key < window_begin + min_of(end, seqlen_q - row) - 1;
+  }
+
   // No row among the tile's first `rows` sees a key from here on.
   FC_DEVICE int seen(int rows) const { return min_of(seqlen_k, window_end + rows - 1); }
 
