@@ -395,7 +395,7 @@ def test_scores_of_millions(d, dtype, poisoned):
 # multiprocessor.
 COPIES = {"-none-256x64": 88, "-window-2x128x64": 140}
 WIDE = Case("wide", dtype="bf16", b=1, q=200, k=300, h=(1, 1), d=64)  # a tile of 256, two of 128
-DEEP = WIDE.but(k=2300, causal=True)  # rows that see 2048 keys and more, in the mean
+DEEP = WIDE.but(k=2300, causal=True)  # 2048 keys and more by the rule in dispatch.cpp
 LARGE = {
     "-none-256x64": [
         WIDE,

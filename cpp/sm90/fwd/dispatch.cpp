@@ -126,7 +126,8 @@ int64_t most_tiles(const FwdConfig& c, const Problem& p) {
                                          : p.batch * ceil_div<int64_t>(p.seqlen_q, c.block_m));
 }
 
-// Keys that a row sees, in the mean; of packed sequences of the mean length.
+// About how many keys a row sees, in the mean; of packed sequences of the mean length. It is a
+// bound where rows do not face the last keys, lengths are padded or blocks are left out.
 int64_t mean_keys(const Problem& p) {
   int64_t const sequences = max_of<int64_t>(1, p.batch);
   int64_t const rows = p.cu_seqlens_q ? p.total_q / sequences : p.seqlen_q;

@@ -11,7 +11,7 @@ namespace flashcore::sm90::fwd {
 //
 // The largest scores of a block are searched for, and one that exceeds the reference by more than a
 // factor of 2^8 raises it. With kSumTells (bfloat16, which holds whatever float holds) the search
-// is left out once all rows have seen a whole block: the row's sum so far tells whether the
+// is left out after a searched block that was whole: the row's sum so far tells whether the
 // reference has been left behind, by a factor of up to 2^40. What a single block may then add
 // without warning is a factor of 2^56 (39 in the scores), or 2^80 (55) if the next one does not
 // leave all that far behind in turn; past that the row becomes NaN, and repair.cuh computes it
