@@ -57,11 +57,18 @@ class Run(NamedTuple):
         return fc.attention(a["q"], a["k"], a["v"], **self.values, return_lse=True)
 
 
-def run(case: Case, arrays: dict[str, np.ndarray] | None = None, **more: Any) -> Run:
-    """Skips the test, with the reason, if no kernel of the installed build takes the call."""
+def run(
+    case: Case, arrays: dict[str, np.ndarray] | None = None, copies: int = 0, **more: Any
+) -> Run:
+    """Skips the test, with the reason, if no kernel of the installed build takes the call.
+
+    copies: of the one sequence, in memory once.
+    """
     arrays = arrays or case.arrays()
     values = case.options() | more
     inputs = tuple(on_gpu(arrays[name]) for name in "qkv")
+    if copies:
+        inputs = tuple(x.expand(copies, -1, -1, -1) for x in inputs)
     options = {name: on_gpu(x) for name, x in values.items()}
     if why := why_refused(*inputs, **options):
         pytest.skip(f"refused: {why}")

@@ -432,19 +432,12 @@ LARGE = {
 
 def run_large(kernel: str, case: Case, arrays: dict[str, np.ndarray] | None = None) -> Run:
     """All copies are to have the same bits; the result is the first one."""
-    arrays, options = arrays or case.arrays(), case.options()
-    inputs = tuple(on_gpu(arrays[x]).expand(COPIES[kernel], -1, -1, -1) for x in "qkv")
-    on_device = {name: on_gpu(x) for name, x in options.items()}
-    plan = fc.explain(*inputs, **on_device)
-    if not plan.kernel:
-        pytest.skip(f"refused: {why_refused(*inputs, **on_device)}")
-    assert kernel in plan.kernel
-    result = fc.attention(*inputs, **on_device, return_lse=True)
-    first = fc.Result(result.out[:1], result.lse[:1], None)
-    for copies, one in zip(result[:2], first[:2]):
-        whole = torch.int32 if one.element_size() == 4 else torch.int16
-        assert (copies.contiguous().view(whole) == one.contiguous().view(whole)).all()
-    return Run(arrays, options, inputs, on_device, first)
+    done = run(case, arrays, COPIES[kernel])
+    assert kernel in fc.explain(*done.inputs, **done.options).kernel
+    out, lse = done.result[:2]
+    first = fc.Result(out[:1], lse[:1], None)
+    assert_same_bits(done.result, fc.Result(out[:1].expand_as(out), lse[:1].expand_as(lse), None))
+    return done._replace(result=first)
 
 
 @pytest.mark.parametrize(
